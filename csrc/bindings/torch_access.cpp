@@ -1,0 +1,128 @@
+#include "bindings/torch_access.h"
+
+#include <dlfcn.h>
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace fastopt::torch_access {
+
+namespace {
+
+struct DLPackExchangeAPI {
+  uint32_t major_version, minor_version;
+  DLPackExchangeAPI* previous;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object;
+  void* managed_tensor_to_py_object;
+  int (*dltensor_from_py_object)(void* object, DLTensor* tensor);
+  void* current_work_stream;
+};
+
+// Borrowed from torch, which outlives this module.
+struct Torch {
+  const DLPackExchangeAPI* dlpack = nullptr;
+  int32_t (*get_data_ptr)(void* handle, void** address) = nullptr;
+  int32_t (*delete_handle)(void* handle) = nullptr;
+  PyObject* new_handle = nullptr;
+  PyObject* tensor_type = nullptr;
+  PyObject* parameter_type = nullptr;
+  PyObject* is_neg = nullptr;
+  PyObject* is_conj = nullptr;
+  PyObject* grad = nullptr;
+};
+Torch torch_;
+
+bool is_true(PyObject* method, PyObject* tensor) {
+  PyObject* answer = PyObject_CallOneArg(method, tensor);
+  if (!answer) throw py::error_already_set();
+  const bool result = answer == Py_True;
+  Py_DECREF(answer);
+  return result;
+}
+
+}  // namespace
+
+std::string initialise(py::module_ torch) {
+  py::object tensor_type = torch.attr("Tensor");
+  if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) {
+    return "this torch has no DLPack exchange API (torch.Tensor.__dlpack_c_exchange_api__)";
+  }
+  torch_.dlpack = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(
+      tensor_type.attr("__dlpack_c_exchange_api__").ptr(), "dlpack_exchange_api"));
+  if (!torch_.dlpack || torch_.dlpack->major_version != 1 ||
+      !torch_.dlpack->dltensor_from_py_object) {
+    PyErr_Clear();
+    return "this torch has another version of the DLPack exchange API";
+  }
+  void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (library) {
+    torch_.get_data_ptr = reinterpret_cast<decltype(torch_.get_data_ptr)>(
+        dlsym(library, "aoti_torch_get_data_ptr"));
+    torch_.delete_handle = reinterpret_cast<decltype(torch_.delete_handle)>(
+        dlsym(library, "aoti_torch_delete_tensor_object"));
+    dlclose(library);
+  }
+  py::object aoti = py::getattr(torch.attr("_C"), "_aoti", py::none());
+  const char* new_handle = "unsafe_alloc_void_ptr_from_tensor";
+  if (!torch_.get_data_ptr || !torch_.delete_handle || !py::hasattr(aoti, new_handle)) {
+    return "this torch has no stable C ABI (aoti_torch_get_data_ptr)";
+  }
+  const auto kept = [](py::object object) { return object.release().ptr(); };
+  torch_.new_handle = kept(aoti.attr(new_handle));
+  torch_.parameter_type = kept(torch.attr("nn").attr("Parameter"));
+  torch_.is_neg = kept(tensor_type.attr("is_neg"));
+  torch_.is_conj = kept(tensor_type.attr("is_conj"));
+  torch_.grad = kept(py::str("grad"));
+  torch_.tensor_type = kept(tensor_type);
+  return "";
+}
+
+bool describe(PyObject* object, DLTensor& tensor) {
+  if (torch_.dlpack->dltensor_from_py_object(object, &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (tensor.data) return true;
+  // Zero tensors and functorch's wrappers have no memory; only an empty tensor may have none.
+  for (int d = 0; d < tensor.ndim; ++d) {
+    if (tensor.shape[d] == 0) return true;
+  }
+  return false;
+}
+
+bool has_plain_type(PyObject* object) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == torch_.tensor_type || type == torch_.parameter_type;
+}
+
+bool is_lazily_changed(PyObject* tensor, const DLTensor& description) {
+  return is_true(torch_.is_neg, tensor) ||
+         (description.dtype.code == kDLComplex && is_true(torch_.is_conj, tensor));
+}
+
+PyObject* gradient_of(PyObject* tensor) {
+  PyObject* grad = PyObject_GetAttr(tensor, torch_.grad);
+  if (!grad) throw py::error_already_set();
+  return grad;
+}
+
+TensorHandle::TensorHandle(py::handle tensor) {
+  py::object capsule = py::reinterpret_steal<py::object>(
+      PyObject_CallOneArg(torch_.new_handle, tensor.ptr()));
+  if (!capsule) throw py::error_already_set();
+  handle_ = PyCapsule_GetPointer(capsule.ptr(), nullptr);
+  if (!handle_) throw py::error_already_set();
+}
+
+TensorHandle::~TensorHandle() {
+  if (handle_) torch_.delete_handle(handle_);
+}
+
+void* TensorHandle::address() const {
+  void* address = nullptr;
+  return torch_.get_data_ptr(handle_, &address) == 0 ? address : nullptr;
+}
+
+}  // namespace fastopt::torch_access

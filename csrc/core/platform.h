@@ -1,0 +1,20 @@
+#pragma once
+
+// The formulas of csrc/core are compiled by g++ and by nvcc alike.
+#if defined(__CUDACC__)
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+// CPU sources are compiled once per instruction set. Each set needs its own copy of every inline
+// function: the linker merges equal names, and would run AVX-512 code on a machine without it.
+#ifndef FASTOPT_ISA
+#define FASTOPT_ISA baseline
+#endif
+#define FASTOPT_BEGIN_NAMESPACE \
+  namespace fastopt {           \
+  inline namespace FASTOPT_ISA {
+#define FASTOPT_END_NAMESPACE \
+  }                           \
+  }

@@ -1,0 +1,148 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <tuple>
+
+#include "core/platform.h"
+
+namespace fastopt {
+
+// How a parameter is pulled towards zero. Rules do not know of it: the loop around them applies
+// it, and the sign and scale of the gradient, before it calls the rule.
+enum class WeightDecay : int32_t {
+  kL2,         // gradient += weight_decay * parameter
+  kDecoupled,  // parameter *= 1 - lr * weight_decay (Loshchilov and Hutter 2019)
+};
+
+constexpr int kMaxSlots = 3;            // state tensors of one parameter: amsgrad has three
+constexpr int kMaxHyperparameters = 6;  // scalars that a front passes to its rule
+
+}  // namespace fastopt
+
+FASTOPT_BEGIN_NAMESPACE
+
+// Each rule is a functor for one element in the arithmetic type T. Its constructor folds the
+// hyperparameters, given as doubles in the order of its Hyperparameters, and the number of the
+// step, counted from 1; `slot` holds the element's state, kSlots values.
+
+// p <- p - lr * g
+template <class T>
+struct Sgd {
+  static constexpr const char* kName = "sgd";
+  static constexpr int kSlots = 0;
+  struct Hyperparameters {
+    double lr;
+  };
+
+  T lr;
+
+  Sgd(const Hyperparameters& h, double /*step*/) : lr(static_cast<T>(h.lr)) {}
+
+  HOST_DEVICE void operator()(T& param, T grad, T* /*slot*/) const { param -= lr * grad; }
+};
+
+// b <- momentum * b + gradient_weight * g
+// p <- p - step_size * b                                              (Polyak 1964)
+// p <- p - step_size * (undamped_gradient_weight * g + momentum * b)  (Nesterov 1983)
+// torch's form has step_size = lr, gradient_weight = 1 - dampening, undamped_gradient_weight = 1.
+// The classical form has step_size = 1 and both weights = lr: the learning rate enters the buffer.
+// The first gradient enters the buffer undamped, as torch copies it there.
+template <class T, bool kNesterov>
+struct Momentum {
+  static constexpr const char* kName = kNesterov ? "nesterov" : "momentum";
+  static constexpr int kSlots = 1;
+  struct Hyperparameters {
+    double step_size, momentum, gradient_weight, undamped_gradient_weight;
+  };
+
+  T step_size, momentum, buffer_decay, gradient_weight, undamped_gradient_weight;
+
+  Momentum(const Hyperparameters& h, double step)
+      : step_size(static_cast<T>(h.step_size)),
+        momentum(static_cast<T>(h.momentum)),
+        buffer_decay(static_cast<T>(step == 1 ? 0 : h.momentum)),
+        gradient_weight(
+            static_cast<T>(step == 1 ? h.undamped_gradient_weight : h.gradient_weight)),
+        undamped_gradient_weight(static_cast<T>(h.undamped_gradient_weight)) {}
+
+  HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
+    T& buffer = slot[0];
+    buffer = buffer_decay * buffer + gradient_weight * grad;
+    const T update = kNesterov ? undamped_gradient_weight * grad + momentum * buffer : buffer;
+    param -= step_size * update;
+  }
+};
+
+// Kingma and Ba 2015; with kAmsgrad the second moment's running maximum divides (Reddi et al. 2018)
+// m <- m + (1 - beta1) * (g - m)
+// v <- beta2 * v + (1 - beta2) * g^2
+// p <- p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+template <class T, bool kAmsgrad>
+struct Adam {
+  static constexpr const char* kName = kAmsgrad ? "amsgrad" : "adam";
+  static constexpr int kSlots = kAmsgrad ? 3 : 2;
+  struct Hyperparameters {
+    double lr, beta1, beta2, eps;
+  };
+
+  T step_size, first_weight, beta2, second_weight, inverse_sqrt_correction, eps;
+
+  Adam(const Hyperparameters& h, double step)
+      : step_size(static_cast<T>(h.lr / (1 - std::pow(h.beta1, step)))),
+        first_weight(static_cast<T>(1 - h.beta1)),
+        beta2(static_cast<T>(h.beta2)),
+        second_weight(static_cast<T>(1 - h.beta2)),
+        inverse_sqrt_correction(static_cast<T>(1 / std::sqrt(1 - std::pow(h.beta2, step)))),
+        eps(static_cast<T>(h.eps)) {}
+
+  HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
+    T& first_moment = slot[0];
+    T& second_moment = slot[1];
+    first_moment += first_weight * (grad - first_moment);
+    second_moment = beta2 * second_moment + second_weight * grad * grad;
+    T divisor = second_moment;
+    if (kAmsgrad) {
+      T& largest = slot[2];
+      // The second test keeps a NaN, as torch.maximum does.
+      largest = second_moment > largest || second_moment != second_moment ? second_moment : largest;
+      divisor = largest;
+    }
+    param -= step_size * first_moment / (std::sqrt(divisor) * inverse_sqrt_correction + eps);
+  }
+};
+
+// Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2
+// p <- p - lr * sign(beta1 * m + (1 - beta1) * g)
+// m <- beta2 * m + (1 - beta2) * g
+template <class T>
+struct Lion {
+  static constexpr const char* kName = "lion";
+  static constexpr int kSlots = 1;
+  struct Hyperparameters {
+    double lr, beta1, beta2;
+  };
+
+  T lr, update_weight, moment_weight;
+
+  Lion(const Hyperparameters& h, double /*step*/)
+      : lr(static_cast<T>(h.lr)),
+        update_weight(static_cast<T>(1 - h.beta1)),
+        moment_weight(static_cast<T>(1 - h.beta2)) {}
+
+  HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
+    T& moment = slot[0];
+    const T direction = moment + update_weight * (grad - moment);
+    // sign(NaN) is 0, as torch.sign has it.
+    const T sign = static_cast<T>(direction > 0) - static_cast<T>(direction < 0);
+    param -= lr * sign;
+    moment += moment_weight * (grad - moment);
+  }
+};
+
+// Every rule there is: kernels instantiate this list, and the position in it is the rule's number.
+template <class T>
+using UpdateRules = std::tuple<Sgd<T>, Momentum<T, false>, Momentum<T, true>, Adam<T, false>,
+                               Adam<T, true>, Lion<T>>;
+
+FASTOPT_END_NAMESPACE

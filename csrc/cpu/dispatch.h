@@ -1,0 +1,23 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/optimizer_step.h"
+
+namespace fastopt {
+
+struct InstructionSet {
+  const char* name;
+  bool runs_here;  // this CPU and its operating system have it
+  const OptimizerKernels* optimizer;
+};
+
+// The sets that this build carries, from the plainest to the widest.
+const std::vector<InstructionSet>& instruction_sets();
+
+// The set in use: the widest that runs here, or the one that FASTOPT_CPU_ISA names. Throws
+// std::invalid_argument for a name that is unknown or does not run here.
+const InstructionSet& chosen_instruction_set();
+
+}  // namespace fastopt

@@ -1,0 +1,182 @@
+"""Backend ``reference``: every formula as one would read it in the paper, in double precision.
+
+It is the truth that tests hold the kernels to, chosen by name only. Each rule takes parameter and
+gradient, its state, its hyperparameters in the order of ``csrc/core/update_rules.h`` and the number
+of the step, counted from 1, and returns the new parameter and the new state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastopt.backends.contract import (
+    ParameterRequest,
+    Refusal,
+    SteppedOptimizer,
+    UpdateRule,
+    WeightDecay,
+)
+from fastopt.backends.planning import PlannedParameter, Service, planned_parameters
+
+Slots = list[Tensor]
+Rule = Callable[[Tensor, Tensor, Slots, tuple[float, ...], int], tuple[Tensor, Slots]]
+
+
+def sgd(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Gradient descent."""
+    (lr,) = hyper
+    return param - lr * grad, []
+
+
+def momentum(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Polyak's heavy ball."""
+    step_size, decay, gradient_weight, undamped_gradient_weight = hyper
+    if step == 1:
+        buffer = undamped_gradient_weight * grad
+    else:
+        buffer = decay * slots[0] + gradient_weight * grad
+    return param - step_size * buffer, [buffer]
+
+
+def nesterov(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Momentum that looks one step ahead."""
+    step_size, decay, _, undamped_gradient_weight = hyper
+    _, (buffer,) = momentum(param, grad, slots, hyper, step)
+    return param - step_size * (undamped_gradient_weight * grad + decay * buffer), [buffer]
+
+
+def adam(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Kingma and Ba 2015, algorithm 1."""
+    lr, beta1, beta2, eps = hyper
+    first_moment = beta1 * slots[0] + (1 - beta1) * grad
+    second_moment = beta2 * slots[1] + (1 - beta2) * grad**2
+    first_unbiased = first_moment / (1 - beta1**step)
+    second_unbiased = second_moment / (1 - beta2**step)
+    new_param = param - lr * first_unbiased / (second_unbiased.sqrt() + eps)
+    return new_param, [first_moment, second_moment]
+
+
+def amsgrad(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Reddi et al. 2018, with Adam's bias correction as torch has it."""
+    lr, beta1, beta2, eps = hyper
+    _, (first_moment, second_moment) = adam(param, grad, slots[:2], hyper, step)
+    largest = torch.maximum(slots[2], second_moment)
+    first_unbiased = first_moment / (1 - beta1**step)
+    largest_unbiased = largest / (1 - beta2**step)
+    new_param = param - lr * first_unbiased / (largest_unbiased.sqrt() + eps)
+    return new_param, [first_moment, second_moment, largest]
+
+
+def lion(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Chen et al. 2023, algorithm 2."""
+    lr, beta1, beta2 = hyper
+    direction = beta1 * slots[0] + (1 - beta1) * grad
+    moment = beta2 * slots[0] + (1 - beta2) * grad
+    return param - lr * torch.sign(direction), [moment]
+
+
+RULES: dict[str, Rule] = {
+    rule.__name__: rule for rule in (sgd, momentum, nesterov, adam, amsgrad, lion)
+}
+
+
+def update(
+    param: Tensor, grad: Tensor, slots: Slots, rule: UpdateRule, step: int
+) -> tuple[Tensor, Slots]:
+    """Weight decay and the rule, on real tensors of any one dtype."""
+    if rule.maximize:
+        grad = -grad
+    if rule.weight_decay is WeightDecay.DECOUPLED:
+        param = param * rule.decay
+    elif rule.decay != 0:
+        grad = grad + rule.decay * param
+    return RULES[rule.name](param, grad, slots, rule.hyperparameters, step)
+
+
+class ReferenceBackend:
+    """Slow and plain."""
+
+    name = "reference"
+
+    def supports(self, request: ParameterRequest) -> str | None:
+        """Dense tensors; not what autograd or an accelerator's graph has to record."""
+        if request.rule not in RULES:
+            return f"the reference has no update rule {request.rule!r}"
+        if request.group.get("differentiable"):
+            return "differentiable=True has autograd record the step"
+        if request.group.get("capturable"):
+            return "capturable=True is for parameters on an accelerator"
+        tensors = [request.param, *request.slots]
+        tensors += [] if request.grad is None else [request.grad]
+        for tensor in tensors:
+            if tensor.layout is not torch.strided:
+                return f"a tensor has layout {tensor.layout}"
+        return None
+
+    def plan_optimizer_step(
+        self, optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]
+    ) -> ReferencePlan:
+        """Makes missing state."""
+        return ReferencePlan(optimizer, served)
+
+
+class ReferencePlan:
+    """Steps one parameter after the other, once: it is made anew for each step."""
+
+    def __init__(self, optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]) -> None:
+        self._groups = planned_parameters(optimizer, served)
+        self._used = False
+
+    def collect(self, optimizer: SteppedOptimizer, unscaling: bool) -> Sequence[Refusal] | None:
+        """Nothing is fetched."""
+        return None if self._used else ()
+
+    @torch.no_grad()
+    def run(
+        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
+    ) -> None:
+        """Computes in double precision and rounds once, when storing."""
+        self._used = True
+        for rule, group in zip(rules, self._groups, strict=True):
+            for planned in group:
+                if planned.service is Service.SERVED and planned.param.grad is not None:
+                    _step_parameter(planned, rule, unscale)
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+def _step_parameter(planned: PlannedParameter, rule: UpdateRule, unscale: float) -> None:
+    grad = planned.param.grad
+    assert grad is not None
+    if unscale != 1:
+        grad = grad * unscale
+        planned.param.grad = grad
+    step = 1 if planned.is_new else 2
+    if planned.step is not None:
+        planned.step += 1
+        step = int(planned.step.item())
+    old = [_widened(tensor) for tensor in (planned.param, grad, *planned.slots)]
+    new_param, new_slots = update(old[0], old[1], old[2:], rule, step)
+    for tensor, value in zip((planned.param, *planned.slots), (new_param, *new_slots), strict=True):
+        target = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        target.copy_(value)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()

@@ -1,0 +1,111 @@
+"""Which backend runs: the user's choice, the order of ``auto``, and the reasons."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+from fastopt.backends.contract import Backend, ParameterRequest
+from fastopt.backends.cpu import CpuBackend
+from fastopt.backends.reference import ReferenceBackend
+from fastopt.backends.stock import TorchBackend
+
+logger = logging.getLogger("fastopt")
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (CpuBackend(), TorchBackend(), ReferenceBackend())
+}
+
+# What "auto" tries, by the parameter's device. `reference` is chosen by name only.
+AUTO_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch")}
+AUTO_ORDER_ELSEWHERE = ("torch",)
+
+_in_use: ContextVar[str | None] = ContextVar("fastopt_backend", default=None)
+_logged: set[str] = set()
+
+
+def check_name(name: str) -> str:
+    """Returns ``name``.
+
+    Raises:
+        ValueError: No backend is called so.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the operators of the block on the backend given.
+
+    A ``backend=`` of the optimizer's constructor goes before, ``FASTOPT_BACKEND`` behind. ``auto``
+    takes the fastest that can do the work; a backend named otherwise never falls back to another.
+
+    Args:
+        name: ``auto``, ``cpu``, ``torch`` (stock's own implementation) or ``reference``.
+
+    Raises:
+        ValueError: No backend is called so.
+    """
+    token = _in_use.set(check_name(name))
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
+
+
+def context_choice() -> str | None:
+    """The innermost ``use_backend`` block's choice."""
+    return _in_use.get()
+
+
+def requested(own: str | None) -> str:
+    """The backend that counts: an object's own, the block's, the environment's, or ``auto``."""
+    return own or _in_use.get() or check_name(os.environ.get("FASTOPT_BACKEND") or "auto")
+
+
+def candidates(request: ParameterRequest, choice: str) -> Iterator[tuple[Backend, str | None]]:
+    """The backends that ``choice`` allows up to the one that takes the request, with reasons."""
+    if choice != "auto":
+        names: tuple[str, ...] = (choice,)
+    else:
+        names = AUTO_ORDER.get(request.param.device.type, AUTO_ORDER_ELSEWHERE)
+    for name in names:
+        reason = BACKENDS[name].supports(request)
+        yield BACKENDS[name], reason
+        if reason is None:
+            return
+
+
+def choose(request: ParameterRequest, choice: str) -> Backend:
+    """The first backend that takes the request.
+
+    Raises:
+        RuntimeError: The backend that the user named does not take the request.
+    """
+    refused = None
+    for backend, reason in candidates(request, choice):
+        if reason is None:
+            if refused is not None:
+                log_fall_through(refused, backend.name, label(request.param))
+            return backend
+        refused = reason
+    raise RuntimeError(f"backend {choice!r} cannot step {label(request.param)}: {refused}")
+
+
+def label(param: Tensor) -> str:
+    """A parameter in words, for messages."""
+    return f"a parameter of shape {list(param.shape)}, {param.dtype} on {param.device}"
+
+
+def log_fall_through(reason: str, backend: str, what: str) -> None:
+    """Says once for each reason that a slower backend does the work."""
+    if reason not in _logged:
+        _logged.add(reason)
+        logger.warning("%s: backend %r steps %s (said once; see fastopt.explain)", reason, backend, what)

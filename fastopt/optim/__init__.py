@@ -1,0 +1,8 @@
+"""Optimizers: the names, arguments and state of ``torch.optim``, on fastopt's kernels."""
+
+from fastopt.optim.adam import Adam
+from fastopt.optim.adamw import AdamW
+from fastopt.optim.lion import Lion
+from fastopt.optim.sgd import SGD
+
+__all__ = ["SGD", "Adam", "AdamW", "Lion"]

@@ -1,0 +1,137 @@
+"""``fastopt.optim.SGD``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
+
+from fastopt.backends.contract import ParamGroup, UpdateRule
+from fastopt.optim.fused_optimizer import FusedOptimizer, scalar, weight_decay_of
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    r"""Stochastic gradient descent, a drop-in for :class:`torch.optim.SGD`.
+
+    With momentum, torch keeps the learning rate out of the velocity:
+
+    .. math::
+        b &\leftarrow \mu b + (1 - \mathrm{dampening}) \, g \\
+        \theta &\leftarrow \theta - \mathrm{lr} \, b
+
+    ``classical_momentum=True`` puts it in, as textbooks and Keras do:
+
+    .. math::
+        v &\leftarrow \mu v + \mathrm{lr} \, g \\
+        \theta &\leftarrow \theta - v
+
+    The two agree while the learning rate stays the same. When it drops, the first slows down at
+    once and the second coasts on what it has gathered. With ``nesterov`` the last line becomes
+    :math:`\theta \leftarrow \theta - \mathrm{lr}(g + \mu b)`, respectively
+    :math:`\theta \leftarrow \theta - (\mathrm{lr} \, g + \mu v)`.
+
+    Args:
+        params: Parameters, groups of them, or named parameters.
+        lr: Learning rate, a number or a tensor of one element.
+        momentum: Decay rate of the velocity.
+        dampening: Share of the gradient that does not enter the velocity after the first step.
+        weight_decay: L2 penalty.
+        nesterov: Look one step ahead (Nesterov 1983).
+        maximize: Ascend instead of descend.
+        foreach: Accepted and checked as torch does; the kernels do not depend on it.
+        differentiable: Let autograd record the step; torch's own implementation steps then.
+        fused: Accepted and checked as torch does; the kernels do not depend on it.
+        classical_momentum: The velocity contains the learning rate. An option of a group as well.
+            A checkpoint says so; torch ignores the entry and would take the velocity for its own.
+        backend: ``auto``, ``cpu``, ``torch`` or ``reference``; None leaves it to
+            :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, as in torch, or no backend is called so;
+            ``classical_momentum`` without momentum or with dampening.
+        RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        classical_momentum: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        self._choose_backend(backend)
+        if classical_momentum and (momentum <= 0 or dampening != 0):
+            raise ValueError("Classical momentum requires a momentum and zero dampening")
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+        if classical_momentum:
+            # Only where it is asked for, so that state_dict is torch's to the letter otherwise.
+            self.defaults["classical_momentum"] = True
+            for group in self.param_groups:
+                group.setdefault("classical_momentum", True)
+
+    def _update_rule(self, group: ParamGroup) -> UpdateRule:
+        decay = weight_decay_of(group, decoupled=False)
+        lr, momentum = scalar(group["lr"]), scalar(group["momentum"])
+        if momentum == 0:
+            return UpdateRule("sgd", *decay, group["maximize"], (lr,))
+        undamped_weight = lr if group.get("classical_momentum") else 1.0
+        gradient_weight = undamped_weight * (1 - scalar(group["dampening"]))
+        step_size = lr / undamped_weight
+        numbers = (step_size, momentum, gradient_weight, undamped_weight)
+        name = "nesterov" if group["nesterov"] else "momentum"
+        return UpdateRule(name, *decay, group["maximize"], numbers)
+
+    def _state_keys(self, group: ParamGroup) -> tuple[str, ...]:
+        return () if group["momentum"] == 0 else ("momentum_buffer",)
+
+    def _prepare(self, group: ParamGroup) -> None:
+        self._init_group(group, [], [], [])
+
+    def _torch_step(self, group: ParamGroup) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        if group.get("classical_momentum") and group["momentum"] != 0:
+            # Torch's form at a learning rate of 1, of a loss multiplied by ours.
+            grads = [grad * lr for grad in grads]
+            lr, weight_decay = 1.0, weight_decay * lr
+        sgd(
+            params,
+            grads,
+            buffers,
+            weight_decay=weight_decay,
+            momentum=group["momentum"],
+            lr=lr,
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            has_sparse_grad=has_sparse_grad,
+            foreach=group["foreach"],
+            fused=False,
+        )
+        for param, buffer in zip(params, buffers, strict=False):
+            self.state[param]["momentum_buffer"] = buffer
