@@ -102,7 +102,7 @@ def ninja_file(compiler: list[str], target: Path) -> str:
         flags += SANITIZE_FLAGS
         link += SANITIZE_FLAGS
     else:
-        link += ["-s"]
+        link += []
     lines = [
         f"compiler = {quote(compiler)}",
         f"flags = {quote(flags)}",

@@ -268,7 +268,8 @@ const char* OptimizerPlan::refuse_gradient(Entry& entry, bool unscaling) const {
   if (unscaling && grad.may_overlap_itself) return "elements of the gradient share memory";
   const char* param = static_cast<const char*>(entry.data);
   const char* data = static_cast<const char*>(grad.data);
-  if (data != param && data < param + entry.layout.extent() && param < data + grad.extent) {
+  const bool is_param = data == param && grad.strides == entry.raw_strides;
+  if (!is_param && data < param + entry.layout.extent() && param < data + grad.extent) {
     return "the gradient shares memory with the parameter";
   }
   return nullptr;

@@ -22,6 +22,22 @@ constexpr int kMaxHyperparameters = 6;  // scalars that a front passes to its ru
 
 FASTOPT_BEGIN_NAMESPACE
 
+// from + weight * (to - from), computed from the nearer end as torch.lerp does: near 1 the plain form
+// would keep rounding errors of the size of `from`.
+template <class T>
+struct Lerp {
+  T coefficient;
+  bool nearer_to_end;
+
+  explicit Lerp(double weight)
+      : coefficient(static_cast<T>(weight < 0.5 ? weight : weight - 1)),
+        nearer_to_end(weight >= 0.5) {}
+
+  HOST_DEVICE T operator()(T from, T to) const {
+    return (nearer_to_end ? to : from) + coefficient * (to - from);
+  }
+};
+
 // Each rule is a functor for one element in the arithmetic type T. Its constructor folds the
 // hyperparameters, given as doubles in the order of its Hyperparameters, and the number of the
 // step, counted from 1; `slot` holds the element's state, kSlots values.
@@ -86,11 +102,13 @@ struct Adam {
     double lr, beta1, beta2, eps;
   };
 
-  T step_size, first_weight, beta2, second_weight, inverse_sqrt_correction, eps;
+  T step_size;
+  Lerp<T> average;
+  T beta2, second_weight, inverse_sqrt_correction, eps;
 
   Adam(const Hyperparameters& h, double step)
       : step_size(static_cast<T>(h.lr / (1 - std::pow(h.beta1, step)))),
-        first_weight(static_cast<T>(1 - h.beta1)),
+        average(1 - h.beta1),
         beta2(static_cast<T>(h.beta2)),
         second_weight(static_cast<T>(1 - h.beta2)),
         inverse_sqrt_correction(static_cast<T>(1 / std::sqrt(1 - std::pow(h.beta2, step)))),
@@ -99,7 +117,7 @@ struct Adam {
   HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
     T& first_moment = slot[0];
     T& second_moment = slot[1];
-    first_moment += first_weight * (grad - first_moment);
+    first_moment = average(first_moment, grad);
     second_moment = beta2 * second_moment + second_weight * grad * grad;
     T divisor = second_moment;
     if (kAmsgrad) {
@@ -123,20 +141,21 @@ struct Lion {
     double lr, beta1, beta2;
   };
 
-  T lr, update_weight, moment_weight;
+  T lr;
+  Lerp<T> update_average, moment_average;
 
   Lion(const Hyperparameters& h, double /*step*/)
       : lr(static_cast<T>(h.lr)),
-        update_weight(static_cast<T>(1 - h.beta1)),
-        moment_weight(static_cast<T>(1 - h.beta2)) {}
+        update_average(1 - h.beta1),
+        moment_average(1 - h.beta2) {}
 
   HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
     T& moment = slot[0];
-    const T direction = moment + update_weight * (grad - moment);
+    const T direction = update_average(moment, grad);
     // sign(NaN) is 0, as torch.sign has it.
     const T sign = static_cast<T>(direction > 0) - static_cast<T>(direction < 0);
     param -= lr * sign;
-    moment += moment_weight * (grad - moment);
+    moment = moment_average(moment, grad);
   }
 };
 

@@ -165,11 +165,10 @@ def _step_parameter(planned: PlannedParameter, rule: UpdateRule, unscale: float)
     grad = planned.param.grad
     assert grad is not None
     if unscale != 1:
-        grad = grad * unscale
-        planned.param.grad = grad
+        grad.mul_(unscale)
     step = 1 if planned.is_new else 2
     if planned.step is not None:
-        planned.step += 1
+        planned.step.add_(1)
         step = int(planned.step.item())
     old = [_widened(tensor) for tensor in (planned.param, grad, *planned.slots)]
     new_param, new_slots = update(old[0], old[1], old[2:], rule, step)

@@ -55,8 +55,8 @@ class TorchPlan:
             if not params:
                 continue
             if unscale != 1:
-                for param in params:
-                    unscale_gradient(param, unscale)
+                with torch.no_grad():
+                    torch._foreach_mul_([p.grad for p in params if p.grad is not None], unscale)
             differentiable = optimizer.defaults.get("differentiable", False)
             with torch.set_grad_enabled(differentiable):
                 optimizer._torch_step({**group, "params": params})
@@ -64,13 +64,3 @@ class TorchPlan:
     def release(self) -> None:
         """Nothing was fetched."""
 
-
-@torch.no_grad()
-def unscale_gradient(param: Tensor, unscale: float) -> None:
-    """Multiplies a gradient in place, or anew where its elements share memory."""
-    grad = param.grad
-    assert grad is not None
-    if grad.layout is torch.strided and torch._debug_has_internal_overlap(grad) == 1:
-        param.grad = grad * unscale
-    else:
-        grad.mul_(unscale)

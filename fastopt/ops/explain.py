@@ -68,7 +68,7 @@ def explain(optimizer: SteppedOptimizer) -> Explanation:
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names", [""] * len(group["params"]))
         for index, request in enumerate(requests(optimizer, group)):
-            answers = registry.candidates(request, requested)
+            answers = list(registry.candidates(request, requested))
             taken = [backend.name for backend, reason in answers if reason is None]
             reasons = {backend.name: reason for backend, reason in answers if reason is not None}
             param = request.param

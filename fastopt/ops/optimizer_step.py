@@ -36,6 +36,8 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
         return
     grad_scale = getattr(optimizer, "grad_scale", None)
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    if unscale != 1:
+        _make_gradients_writable(optimizer)
     rules = tuple([optimizer._update_rule(group) for group in optimizer.param_groups])
 
     plan = optimizer._plan
@@ -44,6 +46,16 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
         if not plan.collect(optimizer, rules, unscale):
             raise RuntimeError("the optimizer changed while its step was being planned")
     plan.run(optimizer, rules, unscale)
+
+
+def _make_gradients_writable(optimizer: SteppedOptimizer) -> None:
+    """Unscaling writes gradients: where elements may share memory, each gets its own."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            grad = param.grad
+            if grad is not None and grad.layout is torch.strided:
+                if torch._debug_has_internal_overlap(grad) != 0:
+                    param.grad = grad.clone(memory_format=torch.contiguous_format)
 
 
 class StepPlan:

@@ -96,6 +96,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     def _torch_step(self, group: ParamGroup) -> None:
         lists: list[list[Any]] = [[] for _ in range(6)]
         has_complex = self._init_group(group, *lists)
+        # Torch's loop views complex gradients as real, which fails for a lazily conjugated one.
+        lists[1] = [grad.resolve_conj() for grad in lists[1]]
         beta1, beta2 = group["betas"]
         adam(
             *lists,

@@ -96,10 +96,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         lr, momentum = scalar(group["lr"]), scalar(group["momentum"])
         if momentum == 0:
             return UpdateRule("sgd", *decay, group["maximize"], (lr,))
-        undamped_weight = lr if group.get("classical_momentum") else 1.0
-        gradient_weight = undamped_weight * (1 - scalar(group["dampening"]))
-        step_size = lr / undamped_weight
-        numbers = (step_size, momentum, gradient_weight, undamped_weight)
+        step_size, weight = (1.0, lr) if group.get("classical_momentum") else (lr, 1.0)
+        numbers = (step_size, momentum, weight * (1 - scalar(group["dampening"])), weight)
         name = "nesterov" if group["nesterov"] else "momentum"
         return UpdateRule(name, *decay, group["maximize"], numbers)
 

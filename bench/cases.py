@@ -1,0 +1,183 @@
+"""What is measured, as data: an optimizer, its tensors, its bytes and its bar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Shapes = tuple[tuple[int, ...], ...]
+
+LARGE = 16 * 1024 * 1024
+
+GPT2_BLOCK: Shapes = (
+    *((768,), (768,)),  # layer norm
+    *((768, 2304), (2304,), (768, 768), (768,)),  # attention
+    *((768,), (768,)),  # layer norm
+    *((768, 3072), (3072,), (3072, 768), (768,)),  # perceptron
+)
+GPT2: Shapes = ((50257, 768), (1024, 768), *(12 * GPT2_BLOCK), (768,), (768,))
+
+ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
+MOMENTUM = {"lr": 1e-2, "momentum": 0.9}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a case has to reach: our time against a contender's."""
+
+    contender: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """One row of the report.
+
+    Attributes:
+        name: The row's name, unique.
+        optimizer: A class of ``torch.optim`` and ``fastopt.optim``.
+        shapes: The parameters.
+        options: Keyword arguments of both classes.
+        dtype: Of parameters, gradients and state.
+        threads: For every contender that does not say otherwise in its name.
+        bytes_per_element: What a step has to read and write at least.
+        bars: What is to be reached.
+        bandwidth_bar: Fraction of the bandwidth of ``add_`` to be reached, or 0.
+        transposed: The parameters are transposed views, the gradients contiguous.
+        rounds: How many times each contender is timed.
+        compiled: Whether Inductor takes part; compiling a step of 1000 tensors takes minutes.
+    """
+
+    name: str
+    optimizer: str
+    shapes: Shapes
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    threads: int = 2
+    bytes_per_element: int = 28
+    bars: tuple[Bar, ...] = ()
+    bandwidth_bar: float = 0.0
+    transposed: bool = False
+    rounds: int = 60
+    compiled: bool = True
+
+    @property
+    def elements(self) -> int:
+        """Elements of all parameters."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def _fused(ratio: float) -> tuple[Bar, ...]:
+    return (Bar("torch fused", ratio),)
+
+
+OPTIMIZER_CASES = (
+    OptimizerCase(
+        "AdamW, 1000 x 1024",
+        "AdamW",
+        ((1024,),) * 1000,
+        ADAMW,
+        bars=(Bar("torch fused", 10.0), Bar("DeepSpeed CPUAdam", 5.0)),
+        compiled=False,
+    ),
+    OptimizerCase(
+        "AdamW, 1000 x 1024, one thread",
+        "AdamW",
+        ((1024,),) * 1000,
+        ADAMW,
+        threads=1,
+        bars=_fused(7.0),
+        compiled=False,
+    ),
+    OptimizerCase(
+        "SGD momentum, 1000 x 1024",
+        "SGD",
+        ((1024,),) * 1000,
+        MOMENTUM,
+        bytes_per_element=20,
+        bars=_fused(5.0),
+        compiled=False,
+    ),
+    OptimizerCase(
+        "AdamW, 200 x 64",
+        "AdamW",
+        ((64,),) * 200,
+        ADAMW,
+        bars=_fused(10.0),
+        rounds=300,
+        compiled=False,
+    ),
+    OptimizerCase("AdamW, 1 x 4096", "AdamW", ((4096,),), ADAMW, bars=_fused(2.5), rounds=2000),
+    OptimizerCase(
+        "AdamW, 16.8M", "AdamW", ((LARGE,),), ADAMW, bars=_fused(1.0), bandwidth_bar=0.9
+    ),
+    OptimizerCase(
+        "SGD momentum, 16.8M",
+        "SGD",
+        ((LARGE,),),
+        MOMENTUM,
+        bytes_per_element=20,
+        bars=_fused(1.0),
+        bandwidth_bar=0.9,
+    ),
+    OptimizerCase(
+        "AdamW, GPT-2 124M in 148",
+        "AdamW",
+        GPT2,
+        ADAMW,
+        bars=_fused(1.0),
+        bandwidth_bar=0.9,
+        rounds=12,
+        compiled=False,
+    ),
+    OptimizerCase(
+        "SGD momentum, GPT-2 124M in 148",
+        "SGD",
+        GPT2,
+        MOMENTUM,
+        bytes_per_element=20,
+        bars=_fused(1.0),
+        bandwidth_bar=0.9,
+        rounds=12,
+        compiled=False,
+    ),
+    OptimizerCase(
+        "AdamW bf16, 16.8M",
+        "AdamW",
+        ((LARGE,),),
+        ADAMW,
+        dtype=torch.bfloat16,
+        bytes_per_element=14,
+        bars=_fused(2.0),
+    ),
+    OptimizerCase(
+        "SGD momentum bf16, 16.8M",
+        "SGD",
+        ((LARGE,),),
+        MOMENTUM,
+        dtype=torch.bfloat16,
+        bytes_per_element=10,
+        bars=_fused(1.3),
+    ),
+    OptimizerCase(
+        "AdamW fp16, 16.8M",
+        "AdamW",
+        ((LARGE,),),
+        {**ADAMW, "eps": 1e-4},
+        dtype=torch.float16,
+        bytes_per_element=14,
+        bars=_fused(1.5),
+    ),
+    OptimizerCase(
+        "AdamW, transposed 4 x (2048, 2048)",
+        "AdamW",
+        ((2048, 2048),) * 4,
+        ADAMW,
+        bars=(Bar("torch default", 1.0),),
+        transposed=True,
+        compiled=False,
+    ),
+    OptimizerCase("Lion, 16.8M", "Lion", ((LARGE,),), {"lr": 1e-4}, bytes_per_element=20),
+)

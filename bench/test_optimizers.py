@@ -1,0 +1,26 @@
+"""The cases under pytest-benchmark, for ``make bench``: ours beside torch's fused step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench.cases import OPTIMIZER_CASES, OptimizerCase
+from bench.contenders import OURS, check_parity, optimizer_contenders
+
+SMALL = [case for case in OPTIMIZER_CASES if case.elements <= 20_000_000]
+
+
+@pytest.mark.parametrize("contender", [OURS, "torch fused", "torch default"])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_step(case: OptimizerCase, contender: str, benchmark: Any) -> None:
+    """Times one contender of one case."""
+    torch.set_num_threads(case.threads)
+    check_parity(case)
+    steps = optimizer_contenders(case)
+    if contender not in steps:
+        pytest.skip(f"no {contender} in this case")
+    benchmark.group = case.name
+    benchmark(steps[contender])

@@ -1,0 +1,44 @@
+"""Times contenders in turn, in one process, so that a slow moment of the machine hits them all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call over many rounds."""
+
+    median: float
+    minimum: float
+    quartiles: tuple[float, float]
+    rounds: int
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Calls every contender once a round, the order turned by one each time.
+
+    Args:
+        contenders: What to time, by name.
+        rounds: How many times, after two that do not count.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for round_number in range(-2, rounds):
+        turn = round_number % len(names)
+        for name in names[turn:] + names[:turn]:
+            call = contenders[name]
+            start = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - start
+            if round_number >= 0:
+                samples[name].append(seconds)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(samples: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(samples, n=4)
+    return Timing(median, min(samples), (lower, upper), len(samples))

@@ -1,0 +1,260 @@
+"""Trains several contenders on the same batches and times each of their steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Item = TypeVar("Item")
+
+TURN = 25  # batches a contender trains on before the next one takes over the machine
+
+
+class CheckpointError(Exception):
+    """The checkpoint does not fit this run."""
+
+
+class Batch(NamedTuple):
+    tokens: Tensor  # [batch, time], int64, padded
+    targets: Tensor  # [batch], int64
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What one contender changes: the optimizer, its flags and the recurrent layer."""
+
+    name: str
+    optimizer: Callable[..., Optimizer]
+    flags: dict[str, Any] = field(default_factory=dict)
+    lstm: Callable[..., nn.Module] = nn.LSTM
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every contender trains."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    warmup: float  # share of all steps
+    max_grad_norm: float
+    patience: int  # epochs without a better validation loss before training stops
+    seed: int
+
+
+@dataclass
+class Record:
+    """What happened while a contender trained; one entry per step or per epoch."""
+
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    tail_seconds: list[float] = field(default_factory=list)  # clip, step and zero_grad
+    epoch_ends: list[int] = field(default_factory=list)  # in steps
+    validation_losses: list[float] = field(default_factory=list)
+
+    @property
+    def epoch_seconds(self) -> list[float]:
+        return [sum(self.step_seconds[a:b]) for a, b in pairwise([0, *self.epoch_ends])]
+
+
+class Trainee:
+    """A contender with its model, its optimizer and its record."""
+
+    def __init__(self, contender: Contender, model: nn.Module, recipe: Recipe, steps: int) -> None:
+        self.name = contender.name
+        self.model = model
+        self.recipe = recipe
+        self.optimizer = contender.optimizer(
+            parameter_groups(model, recipe.weight_decay), lr=recipe.lr, **contender.flags
+        )
+        self.schedule = LambdaLR(self.optimizer, warmup_then_cosine(recipe.warmup, steps))
+        self.record = Record()
+        self.best: dict[str, Any] = {}
+
+    @property
+    def stopped(self) -> bool:
+        losses = self.record.validation_losses
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.recipe.patience
+
+    def train_on(self, batch: Batch) -> None:
+        # Dropout draws the same masks for every contender.
+        torch.manual_seed(self.recipe.seed + len(self.record.losses))
+        start = perf_counter()
+        loss = nn.functional.cross_entropy(self.model(batch.tokens), batch.targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = loss.item()
+        tail_start = perf_counter()
+        clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = perf_counter()
+        self.schedule.step()
+        self.record.losses.append(value)
+        self.record.step_seconds.append(end - start)
+        self.record.tail_seconds.append(end - tail_start)
+
+    def end_epoch(self, validation: Sequence[Batch]) -> None:
+        loss = cross_entropy_of(self.model, validation)
+        if loss < min(self.record.validation_losses, default=math.inf):
+            self.best = copy.deepcopy(
+                {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            )
+        self.record.epoch_ends.append(len(self.record.losses))
+        self.record.validation_losses.append(loss)
+
+    def restore_best(self) -> None:
+        if self.best:
+            self.model.load_state_dict(self.best["model"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "record": asdict(self.record),
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.record = Record(**state["record"])
+        self.best = state["best"]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Exempts biases and embeddings.
+
+    Adam divides the decay of a rare token's row by the small gradients that the row has,
+    so that the decay would outweigh what the row learns.
+    """
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    embedded = {id(p) for module in embeddings for p in module.parameters()}
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        is_exempt = parameter.ndim < 2 or id(parameter) in embedded
+        (exempt if is_exempt else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+
+
+def warmup_then_cosine(warmup: float, steps: int) -> Callable[[int], float]:
+    warmup_steps = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def cross_entropy_of(model: nn.Module, batches: Sequence[Batch]) -> float:
+    logits, targets = predict(model, batches)
+    return nn.functional.cross_entropy(logits, targets).item()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """Returns logits [examples, classes] and targets [examples], in the order of the batches."""
+    model.eval()
+    logits = torch.cat([model(batch.tokens) for batch in batches])
+    model.train()
+    return logits, torch.cat([batch.targets for batch in batches])
+
+
+def run_contest(
+    trainees: Sequence[Trainee],
+    epoch_batches: Callable[[int], list[Batch]],
+    validation: Sequence[Batch],
+    recipe: Recipe,
+    after_epoch: Callable[[], None],
+) -> None:
+    """Trains every contender in turns, so that a slow minute of the machine slows all of them."""
+    done = max(len(trainee.record.epoch_ends) for trainee in trainees)
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None, loss=math.nan, speed=0.0)
+        for epoch in range(done, recipe.epochs):
+            running = [trainee for trainee in trainees if not trainee.stopped]
+            if not running:
+                break
+            batches = epoch_batches(epoch)
+            progress.reset(task, total=len(batches) * len(running))
+            progress.update(task, description=f"epoch {epoch + 1}/{recipe.epochs}")
+            for turn, chunk in enumerate(chunks(batches, TURN)):
+                first = turn % len(running)  # nobody always follows the same neighbour
+                for trainee in running[first:] + running[:first]:
+                    take_turn(trainee, chunk, progress, task)
+            for trainee in running:
+                trainee.end_epoch(validation)
+            after_epoch()
+
+
+def take_turn(trainee: Trainee, chunk: list[Batch], progress: Progress, task: TaskID) -> None:
+    for batch in chunk:
+        trainee.train_on(batch)
+    record = trainee.record
+    examples = sum(len(batch.targets) for batch in chunk)
+    progress.update(
+        task,
+        advance=len(chunk),
+        loss=fmean(record.losses[-len(chunk) :]),
+        speed=examples / sum(record.step_seconds[-len(chunk) :]),
+    )
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    remaining = iter(items)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} examples/s"),
+        TimeRemainingColumn(),
+    )
+
+
+def save_checkpoint(path: Path, trainees: Sequence[Trainee], origin: dict[str, Any]) -> None:
+    """Writes beside the target first: an interrupted save leaves the last checkpoint whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    states = {trainee.name: trainee.state_dict() for trainee in trainees}
+    partial = path.with_name(path.name + ".partial")
+    torch.save({"origin": origin, "contenders": states}, partial)
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path, trainees: Sequence[Trainee], origin: dict[str, Any]) -> None:
+    """Resumes where the checkpoint was written.
+
+    Raises:
+        CheckpointError: The checkpoint comes from other data, another recipe or another model.
+    """
+    saved = torch.load(path, weights_only=True)
+    if saved["origin"] != origin:
+        changed = sorted(k for k in origin if saved["origin"].get(k) != origin[k])
+        raise CheckpointError(f"{path} was made with another setting of {', '.join(changed)}")
+    for trainee in trainees:
+        trainee.load_state_dict(saved["contenders"][trainee.name])

@@ -1,0 +1,154 @@
+"""Tables, checks and the plot of a contest between contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from _contest import Record
+from _corpus import Corpus, Split, label_names
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from numpy.typing import NDArray
+from rich.table import Table
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+
+FIRST_STEPS = 50
+FIRST_LOSSES_TOLERANCE = 1e-4
+VALIDATION_TOLERANCE = 0.02
+
+
+def corpus_table(corpus: Corpus, parts: Split) -> Table:
+    table = Table("texts", "count", title="Data", title_justify="left")
+    table.columns[1].justify = "right"
+    table.add_row("read", f"{corpus.read:,}")
+    for reason, count in corpus.dropped.items():
+        table.add_row(f"  dropped: {reason}", f"{count:,}")
+    table.add_section()
+    for name, examples in parts._asdict().items():
+        table.add_row(name, f"{len(examples):,} in {len(label_names(examples))} labels")
+    return table
+
+
+def timing_table(records: Mapping[str, Record]) -> Table:
+    """Compares times with those of the first contender, which is stock as usually written."""
+    table = Table(
+        "contender", "epochs", "epoch s", "step ms", "tail ms", "tail share", "total s",
+        "step ratio", "total ratio", "tail ratio",
+        title="Training (medians; tail = clip + step + zero_grad; ratio = first / this)",
+        title_justify="left",
+    )  # fmt: skip
+    stock = next(iter(records.values()))
+    for name, record in records.items():
+        # Contenders may stop early: compare the steps that both have made.
+        shared = slice(min(len(record.losses), len(stock.losses)))
+        steps, tails = record.step_seconds, record.tail_seconds
+        table.add_row(
+            name,
+            str(len(record.epoch_ends)),
+            f"{median(record.epoch_seconds):.1f}",
+            f"{median(steps) * 1e3:.2f}",
+            f"{median(tails) * 1e3:.2f}",
+            f"{sum(tails) / sum(steps):.1%}",
+            f"{sum(steps):.1f}",
+            f"{median(stock.step_seconds[shared]) / median(steps[shared]):.2f}",
+            f"{sum(stock.step_seconds[shared]) / sum(steps[shared]):.2f}",
+            f"{median(stock.tail_seconds[shared]) / median(tails[shared]):.2f}",
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def quality_table(
+    predictions: Mapping[str, NDArray[np.int64]],
+    targets: NDArray[np.int64],
+    records: Mapping[str, Record],
+) -> Table:
+    table = Table(
+        "model", "accuracy", "macro recall", "macro F1", "best validation loss",
+        title="Test split", title_justify="left",
+    )  # fmt: skip
+    for name, predicted in predictions.items():
+        losses = records[name].validation_losses if name in records else None
+        table.add_row(
+            name,
+            f"{accuracy_score(targets, predicted):.4f}",
+            f"{recall_score(targets, predicted, average='macro', zero_division=0):.4f}",
+            f"{f1_score(targets, predicted, average='macro', zero_division=0):.4f}",
+            f"{min(losses):.4f}" if losses else "",
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def parity_table(records: Mapping[str, Record]) -> Table:
+    """Checks that the others learn what the first contender learns."""
+    table = Table(
+        "contender", "check", "measured", "allowed", "verdict",
+        title="Same losses as the first contender?", title_justify="left",
+    )  # fmt: skip
+    (_, stock), *others = records.items()
+    for name, record in others:
+        checks = (
+            (f"first {min(FIRST_STEPS, len(stock.losses))} losses", FIRST_LOSSES_TOLERANCE,
+             relative_difference(record.losses[:FIRST_STEPS], stock.losses[:FIRST_STEPS])),
+            ("best validation loss", VALIDATION_TOLERANCE,
+             relative_difference(
+                 [min(record.validation_losses)], [min(stock.validation_losses)])),
+        )  # fmt: skip
+        for check, allowed, measured in checks:
+            verdict = "[green]PASS[/]" if measured <= allowed else "[bold red]FAIL[/]"
+            table.add_row(name, check, f"{measured:.1e}", f"{allowed:.0e}", verdict)
+    return table
+
+
+def relative_difference(actual: Sequence[float], expected: Sequence[float]) -> float:
+    """Returns the largest relative difference; NaN, which passes no check, if a value is NaN."""
+    a, e = np.asarray(actual), np.asarray(expected)
+    return float(np.max(np.abs(a - e) / np.abs(e)))
+
+
+def draw_losses(records: Mapping[str, Record], path: Path) -> None:
+    """Draws training and validation losses against steps and against seconds of training."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)  # draws to the file; no display is needed
+    by_step, by_second = figure.subplots(1, 2)
+    # Equal curves lie on each other: the first is drawn widest, so that it shows beneath.
+    widths = np.linspace(6.0, 1.5, len(records))
+    for index, ((name, record), width) in enumerate(zip(records.items(), widths, strict=True)):
+        steps = np.arange(1, len(record.losses) + 1)
+        seconds = np.cumsum(record.step_seconds)
+        ends = np.asarray(record.epoch_ends)
+        smooth = smoothed(record.losses)
+        for axes, x in ((by_step, steps), (by_second, seconds)):
+            axes.plot(x, smooth, color=f"C{index}", linewidth=width, alpha=0.75, label=name)
+            axes.plot(
+                x[ends - 1], record.validation_losses, color=f"C{index}", linestyle="none",
+                marker="o", markersize=4 + 1.6 * width, markerfacecolor="none",
+                markeredgewidth=1.5, label=f"{name}, validation",
+            )  # fmt: skip
+    by_step.set(xlabel="step", ylabel="cross-entropy", title="the same steps")
+    by_second.set(xlabel="seconds of training", title="the same clock")
+    for axes in (by_step, by_second):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    by_step.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def smoothed(losses: Sequence[float], decay: float = 0.97) -> NDArray[np.float64]:
+    """Returns the exponential moving average, corrected for its start as Adam's moments are."""
+    average, values = 0.0, np.empty(len(losses))
+    for i, loss in enumerate(losses):
+        average = decay * average + (1 - decay) * loss
+        values[i] = average / (1 - decay ** (i + 1))
+    return values

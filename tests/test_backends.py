@@ -1,0 +1,174 @@
+"""The choice of a backend, and what the user is told of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastopt
+from fastopt import optim
+from fastopt.backends import registry
+
+
+def with_gradient(shape: tuple[int, ...] = (4,), **options: object) -> torch.nn.Parameter:
+    param = torch.nn.Parameter(torch.ones(shape, **options))
+    param.grad = torch.ones_like(param)
+    return param
+
+
+def backends_of(optimizer: torch.optim.Optimizer) -> list[str | None]:
+    return [row.backend for row in fastopt.explain(optimizer).parameters]
+
+
+def test_auto_takes_the_kernels_on_the_cpu_and_torch_elsewhere() -> None:
+    params = [with_gradient(), with_gradient(device="meta"), with_gradient(dtype=torch.bfloat16)]
+    assert backends_of(optim.AdamW(params)) == ["cpu", "torch", "cpu"]
+
+
+def test_constructor_goes_before_the_block_and_the_block_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FASTOPT_BACKEND", "reference")
+    optimizer, named = optim.SGD([with_gradient()]), optim.SGD([with_gradient()], backend="cpu")
+    assert backends_of(optimizer) == ["reference"] and backends_of(named) == ["cpu"]
+    with fastopt.use_backend("torch"):
+        assert backends_of(optimizer) == ["torch"] and backends_of(named) == ["cpu"]
+        with fastopt.use_backend("cpu"):
+            assert backends_of(optimizer) == ["cpu"]
+        assert backends_of(optimizer) == ["torch"]
+    monkeypatch.setenv("FASTOPT_BACKEND", "")
+    assert backends_of(optimizer) == ["cpu"]
+
+
+def test_the_choice_takes_effect_between_two_steps() -> None:
+    optimizer = optim.AdamW([with_gradient()])
+    kinds = []
+    for name in ("cpu", "reference", "torch", "auto"):
+        with fastopt.use_backend(name):
+            optimizer.step()
+        kinds.append([type(part).__name__ for part in optimizer._plan._parts])
+    assert kinds == [["CpuPlan"], ["ReferencePlan"], ["TorchPlan"], ["CpuPlan"]]
+
+
+def test_unknown_names_say_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = r"backend must be one of \['auto', 'cpu', 'torch', 'reference'\], got 'cuda9'"
+    with pytest.raises(ValueError, match=expected), fastopt.use_backend("cuda9"):
+        raise AssertionError("the block must not run")
+    monkeypatch.setenv("FASTOPT_BACKEND", "cuda9")
+    with pytest.raises(ValueError, match=expected):
+        optim.SGD([with_gradient()]).step()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda p: setattr(p, "grad", p.grad.to_sparse()), "layout torch.sparse_coo"),
+        (lambda p: setattr(p, "grad", torch._neg_view(torch.ones(4))), "negated view"),
+        (lambda p: setattr(p, "grad", torch._efficientzerotensor((4,))), "zero tensor"),
+    ],
+)
+def test_a_named_backend_never_falls_back(change: object, reason: str) -> None:
+    other, param = with_gradient(), with_gradient()
+    optimizer = optim.SGD([other, param], lr=0.5, momentum=0.9, backend="cpu")
+    for planned in (False, True):
+        if planned:
+            param.grad = torch.ones(4)
+            optimizer.step()
+        before = [p.detach().clone() for p in (other, param)]
+        change(param)  # type: ignore[operator]
+        with pytest.raises(RuntimeError, match=f"backend 'cpu' cannot step .*{reason}|strided"):
+            optimizer.step()
+        assert all(torch.equal(p, b) for p, b in zip((other, param), before, strict=True))
+    assert [row.backend for row in fastopt.explain(optimizer).parameters] == ["cpu", None]
+
+
+def test_explain_gives_the_reason_and_prints_a_line_for_each_parameter() -> None:
+    model = torch.nn.Linear(3, 2)
+    model.weight.grad = torch.ones(2, 3).to_sparse()
+    explanation = fastopt.explain(optim.SGD(model.named_parameters(), lr=0.1))
+    weight, bias = explanation.parameters
+    assert (weight.name, weight.shape, weight.dtype) == ("weight", (2, 3), "torch.float32")
+    assert weight.backend == "torch"
+    assert weight.reasons == {"cpu": "the gradient has layout torch.sparse_coo"}
+    assert bias.backend == "cpu" and bias.reasons == {}
+    text = str(explanation).splitlines()
+    assert text[0] == "backend requested: auto"
+    assert text[1].endswith("torch; not cpu: the gradient has layout torch.sparse_coo")
+    assert text[2] == "group 0, parameter 1 (bias), [2] torch.float32 on cpu: cpu"
+
+
+def test_explain_reasons() -> None:
+    reasons = {
+        "differentiable": optim.SGD([with_gradient()], differentiable=True),
+        "capturable": optim.Adam([with_gradient()], capturable=True),
+        "dtype torch.float8_e5m2": optim.SGD([torch.nn.Parameter(torch.ones(2).to(
+            torch.float8_e5m2))]),
+    }
+    for text, optimizer in reasons.items():
+        (row,) = fastopt.explain(optimizer).parameters
+        assert row.backend == "torch" and text in row.reasons["cpu"]
+
+
+def test_explain_refuses_other_optimizers() -> None:
+    with pytest.raises(TypeError, match="must be one of fastopt.optim's, got Adagrad"):
+        fastopt.explain(torch.optim.Adagrad([with_gradient()]))
+
+
+def test_a_fall_through_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    registry._logged.clear()
+    with caplog.at_level(logging.WARNING, logger="fastopt"):
+        for _ in range(3):
+            param = with_gradient()
+            param.grad = param.grad.to_sparse()
+            optimizer = optim.SGD([param], lr=0.1)
+            optimizer.step()
+            optimizer.step()
+    assert len(caplog.records) == 1
+    assert "the gradient has layout torch.sparse_coo" in caplog.text
+    assert "backend 'torch'" in caplog.text
+
+
+def test_a_torch_without_the_interfaces_is_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastopt.backends import cpu
+
+    monkeypatch.setattr(cpu, "MISSING_IN_TORCH", "this torch has no stable C ABI")
+    (row,) = fastopt.explain(optim.SGD([with_gradient()])).parameters
+    assert row.backend == "torch" and "stable C ABI" in row.reasons["cpu"]
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_info_prints_what_a_bug_report_needs() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fastopt", "info"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    for text in ("fastopt", f"torch {torch.__version__}", "instruction set", "CUDA", "Triton"):
+        assert text in result.stdout
+
+
+def test_info_needs_a_known_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fastopt", "inof"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2 and "invalid choice: 'inof'" in result.stderr
+
+
+def test_an_unknown_instruction_set_is_refused_at_import() -> None:
+    result = run_python("import fastopt", FASTOPT_CPU_ISA="avx9")
+    assert result.returncode != 0
+    assert "FASTOPT_CPU_ISA must be one of baseline" in result.stderr
+    assert "got 'avx9'" in result.stderr

@@ -1,0 +1,92 @@
+"""The build: what it says when it cannot, and what it leaves in the objects."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def source_tree(target: Path) -> Path:
+    """What the sdist takes from a checkout, without anything built."""
+    for name in ("csrc", "fastopt"):
+        shutil.copytree(
+            ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+def setup(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+
+
+def test_no_compiler_says_what_to_install(tmp_path: Path) -> None:
+    result = setup(source_tree(tmp_path), "build_ext", CXX="no-such-compiler")
+    assert result.returncode != 0
+    assert "no C++ compiler: no-such-compiler" in result.stderr
+    assert "apt-get install g++" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_failing_compiler_is_shown(tmp_path: Path) -> None:
+    result = setup(source_tree(tmp_path), "build_ext", CXX="false")
+    assert result.returncode != 0
+    assert "the C++ compiler false failed on a small program" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
+def test_objects_of_an_instruction_set_share_no_function_with_others(tmp_path: Path) -> None:
+    """A weak symbol would be merged: AVX-512 code could run where only the baseline may."""
+    tree = source_tree(tmp_path)
+    result = setup(tree, "build_ext", "--inplace")
+    assert result.returncode == 0, result.stderr
+    objects = [p for p in tree.rglob("*.o") if "optimizer_step." in p.name]
+    assert len(objects) >= 1
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
+        weak = [line for line in symbols.stdout.splitlines() if " W " in line or " u " in line]
+        isa = path.name.split(".")[1]
+        assert all(f"fastopt::{isa}::" in line for line in weak), weak
+
+
+def test_sdist_has_the_sources_and_wheel_builds_from_it(tmp_path: Path) -> None:
+    """Torch is not imported on the way: it is no build requirement."""
+    tree = source_tree(tmp_path / "tree" if (tmp_path / "tree").mkdir() is None else tmp_path)
+    blocker = tmp_path / "block" / "torch"
+    blocker.mkdir(parents=True)
+    (blocker / "__init__.py").write_text("raise ImportError('the build imported torch')")
+    environment = {"PYTHONPATH": str(blocker.parent)}
+    result = setup(tree, "sdist", **environment)
+    assert result.returncode == 0, result.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = tar.getnames()
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    for needed in ("csrc/core/update_rules.h", "csrc/bindings/cpu_module.cpp", "fastopt/py.typed"):
+        assert any(name.endswith(needed) for name in names), needed
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    result = setup(unpacked, "bdist_wheel", **environment)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (unpacked / "dist").glob("*.whl")
+    files = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("fastopt/_native_cpu") for name in files)
+    assert "fastopt/py.typed" in files and "fastopt/_native_cpu.pyi" in files
+    assert not any(name.startswith(("csrc", "tests", "bench")) for name in files)

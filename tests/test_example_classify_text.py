@@ -1,0 +1,119 @@
+"""The language identification example: its split, its errors and a short run."""
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+for _module in ("django", "polib", "tokenizers", "sklearn", "matplotlib", "rich"):
+    pytest.importorskip(_module)
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "classify_text.py"
+sys.path.insert(0, str(EXAMPLE.parent))
+
+import _corpus  # noqa: E402
+
+
+def run_example(*arguments):
+    # One thread: the run is too small to gain from two, and a busy machine stalls teams.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(EXAMPLE), *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return _corpus.read_catalogues()
+
+
+@pytest.fixture(scope="module")
+def parts(corpus):
+    return _corpus.split(corpus.examples, seed=0)
+
+
+def test_corpus_is_clean(corpus):
+    texts = [_corpus.identity(example.text) for example in corpus.examples]
+    assert len(texts) == len(set(texts)) > 40_000
+    assert len(_corpus.label_names(corpus.examples)) > 90
+    assert not any("%(" in text or "%s" in text or "</" in text for text in texts)
+    assert corpus.read == len(texts) + sum(corpus.dropped.values())
+
+
+@pytest.mark.parametrize("shared", ["group", "text"])
+def test_split_leaks_nothing(parts, shared):
+    parts_of = defaultdict(set)
+    for name, examples in parts._asdict().items():
+        for example in examples:
+            parts_of[_corpus.identity(getattr(example, shared))].add(name)
+    assert all(len(names) == 1 for names in parts_of.values())
+
+
+def test_split_keeps_every_example_and_every_label(corpus, parts):
+    assert sorted(sum(parts, [])) == sorted(corpus.examples)
+    for part, share in zip(parts, (0.8, 0.1, 0.1), strict=True):
+        assert len(part) == pytest.approx(share * len(corpus.examples), rel=0.1)
+        assert _corpus.label_names(part) == _corpus.label_names(corpus.examples)
+
+
+def test_split_depends_on_the_seed_only(corpus, parts):
+    assert _corpus.split(corpus.examples, seed=0) == parts
+    assert _corpus.split(corpus.examples, seed=1) != parts
+
+
+MALFORMED = {
+    "missing column": (b"text,language\nhello,en\n", "line 1"),
+    "empty file": (b"", "line 1"),
+    "empty label": (b"text,label\nhello,en\nworld, \n", "line 3"),
+    "too few fields": (b"text,label\nhello,en\n\nworld\n", "line 4"),
+    "too many fields": (b"text,label\nhello, you,en\n", "line 2"),
+    "after a quoted newline": (b'text,label\n"two\nlines",en\nworld\n', "line 4"),
+    "open quote": (b'text,label\nhello,en\n"world,en\n', "line 3"),
+    "not UTF-8": (b"text,label\nhello,en\ncaf\xe9,fr\n", "line 3"),
+}
+
+
+@pytest.mark.parametrize(("content", "line"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_csv_names_the_line(tmp_path, content, line):
+    path = tmp_path / "data.csv"
+    path.write_bytes(content)
+    with pytest.raises(_corpus.DataError, match=f"data.csv, {line}:"):
+        _corpus.read_csv(path)
+
+
+def test_csv_is_read_by_its_header(tmp_path):
+    path = tmp_path / "data.csv"
+    rows = [f'{label},"text {i},\n of {label}"' for label in ("a", "b") for i in range(10)]
+    path.write_text("\ufefflabel,text\n" + "\n".join(rows), encoding="utf-8")
+    corpus = _corpus.read_csv(path)
+    assert corpus.examples[0].text == "text 0, of a"
+    assert _corpus.label_names(corpus.examples) == ["a", "b"]
+    assert len(corpus.examples) == 20
+
+
+def test_malformed_csv_ends_the_program_with_2(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("text,label\nhello,en\nworld\n")
+    result = run_example("--data", path)
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"error: {path}, line 3: expected 2 fields, found 1"
+
+
+def test_smoke_run_reports_and_draws(tmp_path):
+    plot = tmp_path / "plots" / "losses.png"
+    result = run_example("--smoke", "--plot", plot, "--checkpoint", tmp_path / "checkpoint.pt")
+    assert result.returncode == 0, result.stderr
+    for expected in ("stock, fused", "fastopt", "macro F1", "logistic regression", "PASS"):
+        assert expected in result.stdout
+    assert "FAIL" not in result.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "checkpoint.pt").stat().st_size > 0

@@ -1,0 +1,92 @@
+"""Random shapes, strides, dtypes and hyperparameters against the fp64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cases import DTYPES, random
+from fastopt import optim
+from tolerances import assert_matches
+
+sizes = st.lists(st.integers(0, 40), min_size=0, max_size=4).map(tuple)
+unit = st.floats(0.0, 0.99)
+rate = st.sampled_from([1e-4, 0.01, 0.1, 1.0])
+decay = st.sampled_from([0.0, 0.01, 0.3])
+flag = st.booleans()
+
+adam_options = st.fixed_dictionaries(
+    {
+        "lr": rate,
+        "betas": st.tuples(unit, st.floats(0.5, 0.999)),
+        "eps": st.sampled_from([1e-8, 1e-3]),
+        "weight_decay": decay,
+        "amsgrad": flag,
+        "maximize": flag,
+    }
+)
+sgd_options = st.fixed_dictionaries(
+    {"lr": rate, "momentum": unit, "dampening": unit, "weight_decay": decay, "maximize": flag}
+)
+lion_options = st.fixed_dictionaries(
+    {"lr": rate, "betas": st.tuples(unit, unit), "weight_decay": decay, "maximize": flag}
+)
+optimizers = st.one_of(
+    st.tuples(st.sampled_from([optim.Adam, optim.AdamW]), adam_options),
+    st.tuples(st.just(optim.SGD), sgd_options),
+    st.tuples(st.just(optim.Lion), lion_options),
+)
+
+
+@st.composite
+def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, writable: bool) -> torch.Tensor:
+    """A tensor with permuted dimensions, gaps, an offset and, if it is only read, expansion."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.integers(1, 3)) for _ in shape]
+    offset = draw(st.integers(0, 5))
+    base_shape = [shape[d] * steps[d] for d in order]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    numel = int(torch.tensor(base_shape).prod()) if base_shape else 1
+    base = random((numel + offset,), dtype, generator)[offset:].view(base_shape)
+    inverse = sorted(range(len(order)), key=lambda d: order[d])
+    view = base.permute(inverse)[tuple(slice(None, None, step) for step in steps)]
+    if not writable and shape and draw(flag):
+        dim = draw(st.integers(0, len(shape) - 1))
+        if shape[dim]:
+            view = view.narrow(dim, 0, 1).expand(shape)
+    assert view.shape == shape
+    return view
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), shape=sizes, dtype=st.sampled_from(DTYPES), optimizer=optimizers)
+def test_any_step_is_the_references(
+    data: Any, shape: tuple[int, ...], dtype: torch.dtype, optimizer: Any
+) -> None:
+    cls, options = optimizer
+    if dtype is torch.float16 and "eps" in options:
+        options = {**options, "eps": 1e-2}  # 1e-8 is nothing beside what rounding leaves in halves
+    values = data.draw(strided(shape, dtype, writable=True))
+    ours = torch.nn.Parameter(values)
+    truth = torch.nn.Parameter(values.detach().clone().contiguous())
+    mine = cls([ours], **options, backend="cpu")
+    reference = cls([truth], **options, backend="reference")
+    for _ in range(2):
+        grad = data.draw(strided(shape, dtype, writable=False))
+        ours.grad, truth.grad = grad, grad.clone()
+        # Equal states before the step that is compared.
+        with torch.no_grad():
+            truth.copy_(ours)
+        for key, value in mine.state.get(ours, {}).items():
+            reference.state[truth][key].copy_(value)
+        mine.step()
+        reference.step()
+        near = ours.detach().isfinite().all() and truth.detach().isfinite().all()
+        if options["lr"] < 1 and near:
+            assert_matches(ours.detach(), truth.detach(), op="optimizer", dtype=dtype)
+        for key, value in reference.state.get(truth, {}).items():
+            exact = value.dtype if key == "step" else dtype
+            assert_matches(mine.state[ours][key], value, op="rounded once", dtype=exact)

@@ -1,0 +1,44 @@
+"""The one table of tolerances, and the two ways to compare that read it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# (relative, absolute). Several optimizer steps of sums and quotients: a few units in the last place.
+TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
+    ("optimizer", torch.float32): (1e-5, 1e-6),
+    ("optimizer", torch.float64): (1e-12, 1e-13),
+    # Stock rounds after each of its operations, we round once: over five steps of values around 2
+    # that is a few units of 2^-7, respectively 2^-10, and more where a second moment of stock's is a
+    # subnormal half. The tests against fp64 are the sharp ones.
+    ("optimizer", torch.bfloat16): (3e-2, 4e-2),
+    ("optimizer", torch.float16): (1e-2, 2e-2),
+    # One rounding of a value computed in double precision.
+    ("rounded once", torch.float32): (1e-6, 1e-7),
+    ("rounded once", torch.float64): (1e-13, 1e-14),
+    ("rounded once", torch.bfloat16): (8e-3, 1e-6),
+    ("rounded once", torch.float16): (1e-3, 1e-6),
+}
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+# "Low precision passes when its error against fp64 is at most twice stock's."
+ERROR_RATIO = 2.0
+# An error may be this many units in the last place where stock happens to hit the exact value.
+SLACK_ULPS = 1.0
+
+
+def assert_matches(actual: Tensor, expected: Tensor, *, op: str, dtype: torch.dtype) -> None:
+    """Compares values, NaN and infinities included, shapes and dtypes."""
+    rtol, atol = TOLERANCES[op, REAL.get(dtype, dtype)]
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def assert_no_worse_than_stock(actual: Tensor, stock: Tensor, truth: Tensor) -> None:
+    """Holds the error against double precision to twice stock's."""
+    ours = (actual.double() - truth).abs()
+    theirs = (stock.double() - truth).abs()
+    ulp = truth.abs().clamp_min(torch.finfo(actual.dtype).tiny) * torch.finfo(actual.dtype).eps
+    limit = ERROR_RATIO * theirs.max() + SLACK_ULPS * ulp
+    assert torch.isfinite(actual).all()
+    assert (ours <= limit).all(), f"error {ours.max()} against stock's {theirs.max()}"
