@@ -22,10 +22,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 # -fno-math-errno and -fno-trapping-math: no loop with a square root vectorises without them.
-COMPILE_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math "
-    "-Wall -Wextra"
-).split()
+COMPILE_FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"),
+]
 LINK_FLAGS = ["-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
 
@@ -102,7 +102,7 @@ def ninja_file(compiler: list[str], target: Path) -> str:
         flags += SANITIZE_FLAGS
         link += SANITIZE_FLAGS
     else:
-        link += []
+        link += ["-s"]
     lines = [
         f"compiler = {quote(compiler)}",
         f"flags = {quote(flags)}",

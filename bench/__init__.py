@@ -1,0 +1,1 @@
+"""Measures fastopt against stock and peers: ``python -m bench --help``."""

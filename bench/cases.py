@@ -110,9 +110,7 @@ OPTIMIZER_CASES = (
         compiled=False,
     ),
     OptimizerCase("AdamW, 1 x 4096", "AdamW", ((4096,),), ADAMW, bars=_fused(2.5), rounds=2000),
-    OptimizerCase(
-        "AdamW, 16.8M", "AdamW", ((LARGE,),), ADAMW, bars=_fused(1.0), bandwidth_bar=0.9
-    ),
+    OptimizerCase("AdamW, 16.8M", "AdamW", ((LARGE,),), ADAMW, bars=_fused(1.0), bandwidth_bar=0.9),
     OptimizerCase(
         "SGD momentum, 16.8M",
         "SGD",

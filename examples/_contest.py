@@ -29,7 +29,7 @@ class CheckpointError(Exception):
 
 
 class Batch(NamedTuple):
-    tokens: Tensor  # [batch, time], int64, padded
+    inputs: Tensor  # padded; what the model takes
     targets: Tensor  # [batch], int64
 
 
@@ -94,7 +94,7 @@ class Trainee:
         # Dropout draws the same masks for every contender.
         torch.manual_seed(self.recipe.seed + len(self.record.losses))
         start = perf_counter()
-        loss = nn.functional.cross_entropy(self.model(batch.tokens), batch.targets)
+        loss = nn.functional.cross_entropy(self.model(batch.inputs), batch.targets)
         loss.backward()  # type: ignore[no-untyped-call]
         value = loss.item()
         tail_start = perf_counter()
@@ -177,7 +177,7 @@ def cross_entropy_of(model: nn.Module, batches: Sequence[Batch]) -> float:
 def predict(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """Returns logits [examples, classes] and targets [examples], in the order of the batches."""
     model.eval()
-    logits = torch.cat([model(batch.tokens) for batch in batches])
+    logits = torch.cat([model(batch.inputs) for batch in batches])
     model.train()
     return logits, torch.cat([batch.targets for batch in batches])
 

@@ -18,7 +18,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 # printf placeholders, {} and {{ }} placeholders, HTML tags and entities, links:
 # the same in every language, so they say nothing about which one a text is in.
 MARKUP = re.compile(
-    r"%(?:\(\w+\))?[-#0+]*\d*(?:\.\d+)?[a-zA-Z%]|\{\{?[^{}]*\}?\}|</?[a-zA-Z][^<>]*>|&\w+;|https?://\S+"
+    r"%(?:\(\w+\)[-#0+.\d]*[a-zA-Z]?|[-#0+.\d]*[a-zA-Z%])"
+    r"|\{\{?[^{}]*\}?\}|</?\w[^<>]*>|&\w+;|https?://\S+"
 )
 EDGES = " .,:;!?…。\uff01\uff1f、¡¿()[]\"'«»“”„"  # the escapes are full-width ! and ?
 FOLDS = 10  # one fold to test, one to validate, eight to train

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -62,6 +63,8 @@ CONTENDERS = (
 )
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 PADDING_ID, UNKNOWN_ID = 0, 1
+NGRAMS = (1, 2, 3, 4)
+WORD_LENGTH = 12
 EVALUATION_BATCH = 256
 SORTED_TOGETHER = 50  # batches: padding is short, yet an epoch is still shuffled
 
@@ -71,20 +74,26 @@ class Settings:
     """One size of the run."""
 
     recipe: Recipe
-    vocabulary: int = 10_000
-    max_tokens: int = 32
+    vocabulary: int = 20_000
+    max_words: int = 32
     batch_size: int = 64
     embedding_dim: int = 128
     hidden_size: int = 256
-    dropout: float = 0.1
-    token_dropout: float = 0.0
+    dropout: float = 0.3
+    piece_dropout: float = 0.0
     max_labels: int | None = None
 
 
 DEFAULT = Settings(
-    Recipe(epochs=3, lr=6e-3, weight_decay=1e-5, warmup=0.1, max_grad_norm=1.0, patience=3, seed=0)
+    Recipe(epochs=4, lr=5e-3, weight_decay=1e-5, warmup=0.1, max_grad_norm=1.0, patience=3, seed=0)
 )
-FULL = replace(DEFAULT, recipe=replace(DEFAULT.recipe, epochs=20), dropout=0.3, token_dropout=0.15)
+FULL = replace(
+    DEFAULT,
+    recipe=replace(DEFAULT.recipe, epochs=10),
+    vocabulary=60_000,
+    dropout=0.5,
+    piece_dropout=0.3,
+)
 SMOKE = replace(
     DEFAULT,
     recipe=replace(DEFAULT.recipe, epochs=2),
@@ -96,61 +105,103 @@ SMOKE = replace(
 
 
 class TextClassifier(nn.Module):
-    """Embedding, LSTM, maximum and mean over the valid steps, linear layer."""
+    """An LSTM over words, where a word is the sum of its pieces' embeddings.
+
+    The classifier sees the maximum and the mean of the states and the mean of the words.
+    """
 
     def __init__(
         self, settings: Settings, vocabulary: int, labels: int, lstm: Callable[..., nn.Module]
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, settings.embedding_dim, padding_idx=PADDING_ID)
-        self.lstm = lstm(settings.embedding_dim, settings.hidden_size, batch_first=True)
-        self.linear = nn.Linear(2 * settings.hidden_size, labels)
+        width, hidden = settings.embedding_dim, settings.hidden_size
+        self.embedding = nn.Embedding(vocabulary, width, padding_idx=PADDING_ID)
+        self.lstm = lstm(width, hidden, batch_first=True)
+        self.linear = nn.Linear(2 * hidden + width, labels)
         self.dropout = nn.Dropout(settings.dropout)
-        self.token_dropout = settings.token_dropout
+        self.piece_dropout = settings.piece_dropout
+        with torch.no_grad():
+            # A rare piece stays near its start: at torch's unit variance it would be loud noise.
+            self.embedding.weight.mul_(0.1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Maps tokens [batch, time] to logits [batch, labels].
+    def forward(self, pieces: Tensor) -> Tensor:
+        """Maps pieces [batch, words, pieces] to logits [batch, labels].
 
         Padding follows the text and the LSTM reads forwards, so no valid state sees it.
         """
-        valid = tokens.ne(PADDING_ID)
-        if self.training and self.token_dropout:
-            hidden = torch.rand(tokens.shape) < self.token_dropout
-            tokens = tokens.masked_fill(valid & hidden, UNKNOWN_ID)
-        valid = valid.unsqueeze(-1)
-        states, _ = self.lstm(self.dropout(self.embedding(tokens)))
-        largest = states.masked_fill(~valid, -torch.inf).amax(1)
-        mean = (states * valid).sum(1) / valid.sum(1)
-        logits: Tensor = self.linear(self.dropout(torch.cat([largest, mean], dim=1)))
+        valid = pieces[:, :, :1].ne(PADDING_ID)
+        words = self.dropout(self.embed(pieces))
+        states, _ = self.lstm(words)
+        count = valid.sum(1)
+        features = (
+            states.masked_fill(~valid, -torch.inf).amax(1),
+            (states * valid).sum(1) / count,
+            (words * valid).sum(1) / count,
+        )
+        logits: Tensor = self.linear(self.dropout(torch.cat(features, dim=1)))
         return logits
 
+    def embed(self, pieces: Tensor) -> Tensor:
+        if self.training and self.piece_dropout:
+            dropped = torch.rand(pieces.shape) < self.piece_dropout
+            dropped[:, :, 0] = False  # a word keeps one piece
+            pieces = pieces.masked_fill(dropped, PADDING_ID)
+        count = pieces.ne(PADDING_ID).sum(2, keepdim=True).clamp(min=1)
+        vectors: Tensor = self.embedding(pieces).sum(2) * count.rsqrt()
+        return vectors
 
-def train_tokenizer(texts: Sequence[str], settings: Settings) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+
+def words_of(text: str) -> list[str]:
+    """Splits at spaces, and what is written without spaces into pieces of a word's length."""
+    return [
+        word[start : start + WORD_LENGTH]
+        for word in text.split()
+        for start in range(0, len(word), WORD_LENGTH)
+    ]
+
+
+def pieces_of(word: str) -> list[str]:
+    """Returns the word and its character n-grams, with its ends marked."""
+    marked = f"<{word}>"
+    grams = [marked[i : i + n] for n in NGRAMS for i in range(len(marked) - n + 1)]
+    return [marked, *grams]
+
+
+def train_tokenizer(texts: Iterable[str], settings: Settings) -> Tokenizer:
+    """Keeps the most frequent pieces of the texts."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(
         vocab_size=settings.vocabulary,
         min_frequency=2,
         special_tokens=[PADDING, UNKNOWN],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.enable_truncation(settings.max_tokens)
+    pieces = (" ".join(chain.from_iterable(map(pieces_of, words_of(text)))) for text in texts)
+    tokenizer.train_from_iterator(pieces, trainer)
     return tokenizer
 
 
 class EncodedTexts:
-    """Token ids and targets of one part of the split, handed out in padded batches."""
+    """Piece ids and targets of one part of the split, handed out in padded batches."""
 
     def __init__(
-        self, examples: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer
+        self,
+        examples: Sequence[Example],
+        labels: Sequence[str],
+        tokenizer: Tokenizer,
+        max_words: int,
     ) -> None:
         numbers = {label: number for number, label in enumerate(labels)}
-        encodings = tokenizer.encode_batch([example.text for example in examples])
-        self.tokens = [torch.tensor(e.ids or [UNKNOWN_ID]) for e in encodings]
+        texts = [words_of(example.text)[:max_words] for example in examples]
+        words = sorted({word for text in texts for word in text})
+        encodings = tokenizer.encode_batch([pieces_of(w) for w in words], is_pretokenized=True)
+        known = ([i for i in encoding.ids if i != UNKNOWN_ID] for encoding in encodings)
+        ids = {word: found or [UNKNOWN_ID] for word, found in zip(words, known, strict=True)}
+        self.texts = [[ids[word] for word in text] for text in texts]
         self.targets = torch.tensor([numbers[example.label] for example in examples])
-        self.lengths = np.array([len(ids) for ids in self.tokens])
+        self.lengths = np.array([len(text) for text in texts])
         self.by_length = np.argsort(self.lengths, kind="stable")
 
     def ordered(self, size: int) -> list[Batch]:
@@ -159,7 +210,7 @@ class EncodedTexts:
     def shuffled(self, size: int, seed: tuple[int, int]) -> list[Batch]:
         """Batches texts of like length, so that little time goes into padding."""
         random = np.random.default_rng(seed)
-        order = random.permutation(len(self.tokens))
+        order = random.permutation(len(self.texts))
         window = size * SORTED_TOGETHER
         windows = [order[i : i + window] for i in range(0, len(order), window)]
         by_length = [w[np.argsort(self.lengths[w], kind="stable")] for w in windows]
@@ -168,14 +219,20 @@ class EncodedTexts:
 
     def _batches(self, order: NDArray[np.int64], size: int) -> list[Batch]:
         return [
-            Batch(
-                nn.utils.rnn.pad_sequence(
-                    [self.tokens[i] for i in chunk], batch_first=True, padding_value=PADDING_ID
-                ),
-                self.targets[chunk],
-            )
+            Batch(padded([self.texts[i] for i in chunk]), self.targets[chunk])
             for chunk in chunks(order.tolist(), size)
         ]
+
+
+def padded(texts: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Returns ids [texts, words, pieces]."""
+    words = max(map(len, texts))
+    pieces = max(len(word) for text in texts for word in text)
+    ids = np.full((len(texts), words, pieces), PADDING_ID)
+    for i, text in enumerate(texts):
+        for j, word in enumerate(text):
+            ids[i, j, : len(word)] = word
+    return torch.from_numpy(ids)
 
 
 class Task(NamedTuple):
@@ -192,7 +249,9 @@ def prepare(parts: Split, settings: Settings) -> Task:
     labels = label_names(parts.train)
     # The tokenizer is fitted as the weights are: on the training part only.
     tokenizer = train_tokenizer([example.text for example in parts.train], settings)
-    train, validation, test = (EncodedTexts(part, labels, tokenizer) for part in parts)
+    train, validation, test = (
+        EncodedTexts(part, labels, tokenizer, settings.max_words) for part in parts
+    )
     return Task(labels, tokenizer, train, validation, test)
 
 
@@ -200,7 +259,7 @@ def enroll(contender: Contender, task: Task, settings: Settings) -> Trainee:
     torch.manual_seed(settings.recipe.seed)
     vocabulary = task.tokenizer.get_vocab_size()
     model = TextClassifier(settings, vocabulary, len(task.labels), contender.lstm)
-    steps_per_epoch = math.ceil(len(task.train.tokens) / settings.batch_size)
+    steps_per_epoch = math.ceil(len(task.train.texts) / settings.batch_size)
     return Trainee(contender, model, settings.recipe, settings.recipe.epochs * steps_per_epoch)
 
 

@@ -7,7 +7,7 @@ import torch  # noqa: F401
 
 from fastopt import optim
 from fastopt.backends import use_backend
-from fastopt.ops import explain
+from fastopt.ops.explain import explain
 
 try:
     __version__ = version("fastopt")

@@ -106,8 +106,9 @@ def test_explain_reasons() -> None:
     reasons = {
         "differentiable": optim.SGD([with_gradient()], differentiable=True),
         "capturable": optim.Adam([with_gradient()], capturable=True),
-        "dtype torch.float8_e5m2": optim.SGD([torch.nn.Parameter(torch.ones(2).to(
-            torch.float8_e5m2))]),
+        "dtype torch.float8_e5m2": optim.SGD(
+            [torch.nn.Parameter(torch.ones(2).to(torch.float8_e5m2))]
+        ),
     }
     for text, optimizer in reasons.items():
         (row,) = fastopt.explain(optimizer).parameters
@@ -115,7 +116,7 @@ def test_explain_reasons() -> None:
 
 
 def test_explain_refuses_other_optimizers() -> None:
-    with pytest.raises(TypeError, match="must be one of fastopt.optim's, got Adagrad"):
+    with pytest.raises(TypeError, match=r"must be one of fastopt\.optim's, got Adagrad"):
         fastopt.explain(torch.optim.Adagrad([with_gradient()]))
 
 

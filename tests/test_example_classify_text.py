@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_split_leaks_nothing(parts, shared):
 
 
 def test_split_keeps_every_example_and_every_label(corpus, parts):
-    assert sorted(sum(parts, [])) == sorted(corpus.examples)
+    assert sorted(chain(*parts)) == sorted(corpus.examples)
     for part, share in zip(parts, (0.8, 0.1, 0.1), strict=True):
         assert len(part) == pytest.approx(share * len(corpus.examples), rel=0.1)
         assert _corpus.label_names(part) == _corpus.label_names(corpus.examples)

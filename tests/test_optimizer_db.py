@@ -14,7 +14,7 @@ from fastopt import optim
 from tolerances import assert_matches
 
 pytest.importorskip("expecttest", reason="torch's test utilities need it")
-from torch.testing._internal.common_optimizers import optim_db  # noqa: E402
+from torch.testing._internal.common_optimizers import optim_db
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OURS = {name: getattr(optim, name) for name in ("SGD", "Adam", "AdamW")}

@@ -69,7 +69,10 @@ def test_layouts(case: OptimizerCase, layout: str, grad_layout: str, dtype: torc
     framed = Framed(values, layout)
     param = torch.nn.Parameter(framed.view)
     truth = torch.nn.Parameter(values.clone())
-    optimizer, reference = case.make([param], backend="cpu"), case.make([truth], backend="reference")
+    optimizer, reference = (
+        case.make([param], backend="cpu"),
+        case.make([truth], backend="reference"),
+    )
     for _ in range(3):
         grad = Framed(random(shape, dtype, generator), grad_layout)
         before = grad.buffer.clone()

@@ -521,7 +521,7 @@ def test_parameter_errors_are_torchs() -> None:
 
 def test_own_errors_name_argument_and_value() -> None:
     params = [torch.nn.Parameter(torch.ones(2))]
-    with pytest.raises(ValueError, match="backend must be one of .* got 'gpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'gpu'"):
         optim.Adam(params, backend="gpu")
     with pytest.raises(ValueError, match="Classical momentum requires a momentum"):
         optim.SGD(params, classical_momentum=True)
@@ -562,14 +562,16 @@ def test_dropped_optimizers_free_their_state_at_once() -> None:
             gc.enable()
 
 
-def test_a_hook_that_holds_the_optimizer_is_collected() -> None:
-    param = torch.nn.Parameter(torch.ones(5))
-    optimizer = optim.AdamW([param], backend="cpu")
-    param.register_post_accumulate_grad_hook(lambda p: optimizer.step())
-    (param**2).sum().backward()
-    assert optimizer.state[param]["step"] == 1
-    alive = weakref.ref(param)
-    del param, optimizer
+def test_a_parameter_that_holds_its_optimizer_is_collected() -> None:
+    def train_once() -> weakref.ref[torch.nn.Parameter]:
+        param = torch.nn.Parameter(torch.ones(5))
+        optimizer = optim.AdamW([param], backend="cpu")
+        param.optimizer = optimizer  # type: ignore[attr-defined]
+        param.grad = torch.ones(5)
+        optimizer.step()
+        return weakref.ref(param)
+
+    alive = train_once()
     gc.collect()
     assert alive() is None
 
@@ -626,6 +628,32 @@ def test_old_checkpoints_with_a_number_as_step() -> None:
     fresh.load_state_dict(state)
     train(fresh, params, steps=1)
     assert all(isinstance(entry["step"], Tensor) for entry in fresh.state.values())
+
+
+@pytest.mark.parametrize("case", ALL, **IDS)
+def test_a_compiled_step_gives_the_same(case: OptimizerCase) -> None:
+    ours, compiled = small(), small()
+    mine, other = case.make(ours), case.make(compiled)
+    step = torch.compile(other.step, backend="eager")
+    for _ in range(3):
+        for param, twin in zip(ours, compiled, strict=True):
+            param.grad = torch.randn(param.shape)
+            twin.grad = param.grad.clone()
+        mine.step()
+        step()
+    torch._dynamo.reset()
+    assert_same_params(ours, compiled)
+
+
+def test_the_profiler_sees_a_range_for_each_step() -> None:
+    params = small()
+    optimizer = optim.AdamW(params)
+    train(optimizer, params, steps=1)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+        optimizer.step()
+    names = [event.name for event in profile.events()]
+    assert names.count("Optimizer.step#AdamW.step") == 2
 
 
 def test_meta_and_inference_parameters_are_torchs_matter() -> None:

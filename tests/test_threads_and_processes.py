@@ -160,7 +160,9 @@ fastopt.optim.AdamW([param], backend="cpu").step()
 maps = open("/proc/self/maps").read().split()
 print(len({{path for path in maps if "libgomp" in path}}))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=90
+    )
     assert result.stdout.strip() == "1", result.stderr
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# (relative, absolute). Several optimizer steps of sums and quotients: a few units in the last place.
+# (relative, absolute). Several optimizer steps: a few units in the last place.
 TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     ("optimizer", torch.float32): (1e-5, 1e-6),
     ("optimizer", torch.float64): (1e-12, 1e-13),
     # Stock rounds after each of its operations, we round once: over five steps of values around 2
-    # that is a few units of 2^-7, respectively 2^-10, and more where a second moment of stock's is a
-    # subnormal half. The tests against fp64 are the sharp ones.
+    # that is a few units of 2^-7, respectively 2^-10, and more where a second moment of stock's is
+    # a subnormal half. The tests against fp64 are the sharp ones.
     ("optimizer", torch.bfloat16): (3e-2, 4e-2),
     ("optimizer", torch.float16): (1e-2, 2e-2),
     # One rounding of a value computed in double precision.

@@ -63,7 +63,8 @@ bool Layout::may_overlap_itself() const {
   if (numel() == 0) return false;
   std::vector<size_t> order(sizes.size());
   std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return strides[a] < strides[b]; });
   int64_t reach = 0;  // of all dimensions with smaller strides
   for (size_t d : order) {
     if (sizes[d] == 1) continue;
@@ -202,7 +203,8 @@ bool OptimizerPlan::same_groups(py::list param_groups) const {
   for (size_t g = 0; g < group_sizes_.size(); ++g) {
     PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
     PyObject* params = PyDict_Check(group) ? PyDict_GetItem(group, params_key()) : nullptr;
-    if (!params || !PyList_Check(params) || PyList_GET_SIZE(params) != group_sizes_[g]) return false;
+    if (!params || !PyList_Check(params) || PyList_GET_SIZE(params) != group_sizes_[g])
+      return false;
     for (Py_ssize_t i = 0; i < group_sizes_[g]; ++i, ++entry) {
       if (PyList_GET_ITEM(params, i) != entry->param.ptr()) return false;
     }
@@ -316,7 +318,8 @@ py::object OptimizerPlan::collect(py::list param_groups, py::dict state, bool un
     Entry& entry = entries_[i];
     if (i > 0 && entry.group != entries_[i - 1].group) index = 0;
     if (entry.service == Service::kElsewhere) continue;
-    py::object grad = py::reinterpret_steal<py::object>(torch_access::gradient_of(entry.param.ptr()));
+    py::object grad =
+        py::reinterpret_steal<py::object>(torch_access::gradient_of(entry.param.ptr()));
     if (grad.is_none()) continue;
     if (entry.service == Service::kWithoutState || !same_memory(entry)) {
       release();

@@ -36,14 +36,15 @@ enum class Service {
 // compares it with the optimizer, fetches the gradients, and runs the kernels.
 class OptimizerPlan {
  public:
-  // `state` is optimizer.state. `groups` has a list per parameter group and in it for each parameter
-  // (param, Service, slot tensors, step tensor or None, is_new); the last three count where served.
+  // `state` is optimizer.state. `groups` has a list per parameter group and in it for each
+  // parameter (param, Service, slot tensors, step tensor or None, is_new); the last three count
+  // where served.
   OptimizerPlan(pybind11::dict state, pybind11::list groups);
   ~OptimizerPlan() { release(); }
 
   // Fetches the gradients. None: the plan no longer describes the optimizer, make a new one.
-  // Otherwise (group, index, reason) for each gradient that the kernels do not take; the others wait
-  // for run() or release(). With `unscaling`, gradients are to be written.
+  // Otherwise (group, index, reason) for each gradient that the kernels do not take; the others
+  // wait for run() or release(). With `unscaling`, gradients are to be written.
   pybind11::object collect(pybind11::list param_groups, pybind11::dict state, bool unscaling);
 
   // Steps what collect() fetched and returns the tensors that it wrote and autograd may have saved.
@@ -72,8 +73,8 @@ class OptimizerPlan {
     pybind11::handle param;
     int group = 0;
     Service service = Service::kElsewhere;
-    bool is_new = false;        // its first step: there was no state before
-    bool runs_alone = false;    // shares memory with another
+    bool is_new = false;      // its first step: there was no state before
+    bool runs_alone = false;  // shares memory with another
     bool has_step = false;
     void* data = nullptr;
     torch_access::DLDataType raw_dtype{};

@@ -58,8 +58,8 @@ std::string initialise(py::module_ torch) {
   }
   void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   if (library) {
-    torch_.get_data_ptr = reinterpret_cast<decltype(torch_.get_data_ptr)>(
-        dlsym(library, "aoti_torch_get_data_ptr"));
+    torch_.get_data_ptr =
+        reinterpret_cast<decltype(torch_.get_data_ptr)>(dlsym(library, "aoti_torch_get_data_ptr"));
     torch_.delete_handle = reinterpret_cast<decltype(torch_.delete_handle)>(
         dlsym(library, "aoti_torch_delete_tensor_object"));
     dlclose(library);
@@ -109,8 +109,8 @@ PyObject* gradient_of(PyObject* tensor) {
 }
 
 TensorHandle::TensorHandle(py::handle tensor) {
-  py::object capsule = py::reinterpret_steal<py::object>(
-      PyObject_CallOneArg(torch_.new_handle, tensor.ptr()));
+  py::object capsule =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_.new_handle, tensor.ptr()));
   if (!capsule) throw py::error_already_set();
   handle_ = PyCapsule_GetPointer(capsule.ptr(), nullptr);
   if (!handle_) throw py::error_already_set();

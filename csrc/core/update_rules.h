@@ -22,8 +22,8 @@ constexpr int kMaxHyperparameters = 6;  // scalars that a front passes to its ru
 
 FASTOPT_BEGIN_NAMESPACE
 
-// from + weight * (to - from), computed from the nearer end as torch.lerp does: near 1 the plain form
-// would keep rounding errors of the size of `from`.
+// from + weight * (to - from), computed from the nearer end as torch.lerp does: near 1 the plain
+// form would keep rounding errors of the size of `from`.
 template <class T>
 struct Lerp {
   T coefficient;
@@ -78,8 +78,7 @@ struct Momentum {
       : step_size(static_cast<T>(h.step_size)),
         momentum(static_cast<T>(h.momentum)),
         buffer_decay(static_cast<T>(step == 1 ? 0 : h.momentum)),
-        gradient_weight(
-            static_cast<T>(step == 1 ? h.undamped_gradient_weight : h.gradient_weight)),
+        gradient_weight(static_cast<T>(step == 1 ? h.undamped_gradient_weight : h.gradient_weight)),
         undamped_gradient_weight(static_cast<T>(h.undamped_gradient_weight)) {}
 
   HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
@@ -145,9 +144,7 @@ struct Lion {
   Lerp<T> update_average, moment_average;
 
   Lion(const Hyperparameters& h, double /*step*/)
-      : lr(static_cast<T>(h.lr)),
-        update_average(1 - h.beta1),
-        moment_average(1 - h.beta2) {}
+      : lr(static_cast<T>(h.lr)), update_average(1 - h.beta1), moment_average(1 - h.beta2) {}
 
   HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
     T& moment = slot[0];

@@ -6,8 +6,8 @@
 namespace fastopt {
 
 // FASTOPT_FOR_EACH_ISA(X) expands to X(name) for each set that was built; the build defines it.
-#define FASTOPT_DECLARE_KERNELS(isa)              \
-  namespace isa {                                 \
+#define FASTOPT_DECLARE_KERNELS(isa)               \
+  namespace isa {                                  \
   extern const OptimizerKernels kOptimizerKernels; \
   }
 FASTOPT_FOR_EACH_ISA(FASTOPT_DECLARE_KERNELS)

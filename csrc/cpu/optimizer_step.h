@@ -20,9 +20,9 @@ struct BoundRule {
   alignas(16) unsigned char functor[64];
   int rule;
   WeightDecay weight_decay;
-  double decay;     // kL2: weight_decay; kDecoupled: 1 - lr * weight_decay
-  bool maximize;    // the gradient's sign is turned
-  double unscale;   // every gradient is multiplied by this first and, unless it is 1, written back
+  double decay;    // kL2: weight_decay; kDecoupled: 1 - lr * weight_decay
+  bool maximize;   // the gradient's sign is turned
+  double unscale;  // every gradient is multiplied by this first and, unless it is 1, written back
 };
 
 // The order in which the elements of tensors with unlike strides are visited: dimensions from the

@@ -57,7 +57,7 @@ class SteppedOptimizer(Protocol):
     """The side of an optimizer that the operator and its backends see."""
 
     param_groups: list[ParamGroup]
-    state: dict[Any, Any]
+    state: Any
     defaults: dict[str, Any]
     _backend: str | None
     _plan: Any
@@ -79,7 +79,7 @@ class Refusal(NamedTuple):
     """A gradient that a plan does not take this time."""
 
     group: int
-    index: int
+    place: int
     reason: str
 
 

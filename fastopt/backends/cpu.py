@@ -77,7 +77,7 @@ class CpuPlan:
     def collect(self, optimizer: SteppedOptimizer, unscaling: bool) -> Sequence[Refusal] | None:
         """Compares all that the plan knows with the optimizer and fetches the gradients."""
         refused = self._native.collect(optimizer.param_groups, optimizer.state, unscaling)
-        return [Refusal(*refusal) for refusal in refused] if refused else refused
+        return None if refused is None else [Refusal(*refusal) for refusal in refused]
 
     def run(
         self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float

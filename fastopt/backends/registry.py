@@ -108,4 +108,6 @@ def log_fall_through(reason: str, backend: str, what: str) -> None:
     """Says once for each reason that a slower backend does the work."""
     if reason not in _logged:
         _logged.add(reason)
-        logger.warning("%s: backend %r steps %s (said once; see fastopt.explain)", reason, backend, what)
+        logger.warning(
+            "%s: backend %r steps %s (said once; see fastopt.explain)", reason, backend, what
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from fastopt.backends.contract import ParameterRequest, Refusal, SteppedOptimizer, UpdateRule
 from fastopt.backends.planning import members
@@ -63,4 +62,3 @@ class TorchPlan:
 
     def release(self) -> None:
         """Nothing was fetched."""
-

@@ -53,9 +53,10 @@ def _make_gradients_writable(optimizer: SteppedOptimizer) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             grad = param.grad
-            if grad is not None and grad.layout is torch.strided:
-                if torch._debug_has_internal_overlap(grad) != 0:
-                    param.grad = grad.clone(memory_format=torch.contiguous_format)
+            if grad is None or grad.layout is not torch.strided:
+                continue
+            if torch._debug_has_internal_overlap(grad) != 0:
+                param.grad = grad.clone(memory_format=torch.contiguous_format)
 
 
 class StepPlan:
@@ -120,14 +121,16 @@ class StepPlan:
     def _hand_to_torch(self, optimizer: SteppedOptimizer, refusals: list[Refusal]) -> None:
         groups = optimizer.param_groups
         marks = [[False] * len(group["params"]) for group in groups]
-        for group, index, reason in refusals:
-            label = registry.label(groups[group]["params"][index])
+        for group, place, reason in refusals:
+            label = registry.label(groups[group]["params"][place])
             if not self._falls_back:
                 self._release()
-                raise RuntimeError(f"backend {registry.requested(optimizer._backend)!r} "
-                                   f"cannot step {label}: {reason}")
+                raise RuntimeError(
+                    f"backend {registry.requested(optimizer._backend)!r} "
+                    f"cannot step {label}: {reason}"
+                )
             registry.log_fall_through(reason, "torch", label)
-            marks[group][index] = True
+            marks[group][place] = True
         self._this_step.append(TorchPlan(optimizer, marks))
 
 

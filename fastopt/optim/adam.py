@@ -96,11 +96,17 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     def _torch_step(self, group: ParamGroup) -> None:
         lists: list[list[Any]] = [[] for _ in range(6)]
         has_complex = self._init_group(group, *lists)
+        params, grads, first_moments, second_moments, largest_second_moments, steps = lists
         # Torch's loop views complex gradients as real, which fails for a lazily conjugated one.
-        lists[1] = [grad.resolve_conj() for grad in lists[1]]
+        grads = [grad.resolve_conj() for grad in grads]
         beta1, beta2 = group["betas"]
         adam(
-            *lists,
+            params,
+            grads,
+            first_moments,
+            second_moments,
+            largest_second_moments,
+            steps,
             amsgrad=group["amsgrad"],
             has_complex=has_complex,
             beta1=beta1,

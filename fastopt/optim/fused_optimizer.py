@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
 from fastopt.backends.contract import ParamGroup, UpdateRule, WeightDecay
 from fastopt.backends.registry import check_name
-from fastopt.ops import optimizer_step
+from fastopt.ops.optimizer_step import optimizer_step
+
+
+def observed(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a step as torch wraps every optimizer's, but pays for it only where somebody looks.
+
+    Torch's wrapper runs the hooks and opens a profiler range: half the time of a small step.
+    """
+    torchs_wrapper = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        self = args[0]
+        if not torch.compiler.is_compiling() and (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        ):
+            return torchs_wrapper(*args, **kwargs)
+        return step(*args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # torch would wrap it once more
+    return wrapper
 
 
 class FusedOptimizer(Optimizer):
@@ -49,7 +75,8 @@ class FusedOptimizer(Optimizer):
         """
         self._backend = None if name is None else check_name(name)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    @observed
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs a single optimization step.
 
         Args:
@@ -67,8 +94,9 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            for group in self.param_groups:
-                self._torch_step(_with_gradients(group))
+            with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+                for group in self.param_groups:
+                    self._torch_step(_with_gradients(group))
         else:
             optimizer_step(self)
         return loss

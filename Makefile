@@ -1,0 +1,57 @@
+# Every target sets up what it needs: a virtual environment in .venv and the native core in place.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RESULTS ?= bench/results/local.json
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+# The tests that run the kernels, for `make sanitize`.
+KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
+	tests/test_conversions.py tests/test_optimizer_properties.py
+
+.PHONY: demo test bench lint format sanitize build clean
+
+$(INSTALLED): requirements-dev.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+build: $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build
+	$(BIN)/python examples/classify_text.py
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build
+	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,min,iqr,rounds
+	$(BIN)/python -m bench --output $(RESULTS)
+	$(BIN)/python -m bench --render
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# Leaks are not looked for: the interpreter and torch leave memory behind on purpose.
+sanitize: build
+	FASTOPT_SANITIZE=1 $(BIN)/python setup.py --quiet build \
+		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		PYTHONPATH=build/sanitize/lib FASTOPT_EXPECTED_PATH=build/sanitize \
+		$(BIN)/python -m pytest -x $(KERNEL_TESTS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
