@@ -50,8 +50,8 @@ sanitize: build
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		PYTHONPATH=build/sanitize/lib FASTOPT_EXPECTED_PATH=build/sanitize \
-		$(BIN)/python -m pytest -x $(KERNEL_TESTS)
+		FASTOPT_EXPECTED_PATH=build/sanitize/lib \
+		sh -c 'cd build/sanitize/lib && $(abspath $(BIN))/python -m pytest -x $(abspath $(KERNEL_TESTS))'
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

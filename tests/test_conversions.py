@@ -18,6 +18,11 @@ def test_the_instruction_set_is_the_one_asked_for() -> None:
     assert expected in (None, _native_cpu.instruction_set)
 
 
+def test_the_module_is_the_one_asked_for() -> None:
+    """A sanitized build that is not the one imported would find nothing."""
+    assert os.environ.get("FASTOPT_EXPECTED_PATH", "") in str(_native_cpu.__file__)
+
+
 def all_values(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 

@@ -14,8 +14,8 @@ TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     # a subnormal half. The tests against fp64 are the sharp ones.
     ("optimizer", torch.bfloat16): (3e-2, 4e-2),
     ("optimizer", torch.float16): (1e-2, 2e-2),
-    # One rounding of a value computed in double precision.
-    ("rounded once", torch.float32): (1e-6, 1e-7),
+    # Sums of a few values of size 1 to 4, where half precision rounds once, when storing.
+    ("rounded once", torch.float32): (1e-6, 1e-6),
     ("rounded once", torch.float64): (1e-13, 1e-14),
     ("rounded once", torch.bfloat16): (8e-3, 1e-6),
     ("rounded once", torch.float16): (1e-3, 1e-6),

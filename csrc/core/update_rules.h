@@ -22,6 +22,22 @@ constexpr int kMaxHyperparameters = 6;  // scalars that a front passes to its ru
 
 FASTOPT_BEGIN_NAMESPACE
 
+// Scalars here, vectors of the CPU in cpu/simd.h: a rule is written once for both.
+template <class T>
+HOST_DEVICE T square_root(T value) {
+  return std::sqrt(value);
+}
+// The larger one; a NaN wins, as in torch.maximum.
+template <class T>
+HOST_DEVICE T maximum(T left, T right) {
+  return right > left || right != right ? right : left;
+}
+// -1, 0 or 1; 0 for a NaN, as in torch.sign.
+template <class T>
+HOST_DEVICE T sign_of(T value) {
+  return static_cast<T>(value > 0) - static_cast<T>(value < 0);
+}
+
 // from + weight * (to - from), computed from the nearer end as torch.lerp does: near 1 the plain
 // form would keep rounding errors of the size of `from`.
 template <class T>
@@ -33,14 +49,15 @@ struct Lerp {
       : coefficient(static_cast<T>(weight < 0.5 ? weight : weight - 1)),
         nearer_to_end(weight >= 0.5) {}
 
-  HOST_DEVICE T operator()(T from, T to) const {
+  template <class V>
+  HOST_DEVICE V operator()(V from, V to) const {
     return (nearer_to_end ? to : from) + coefficient * (to - from);
   }
 };
 
-// Each rule is a functor for one element in the arithmetic type T. Its constructor folds the
-// hyperparameters, given as doubles in the order of its Hyperparameters, and the number of the
-// step, counted from 1; `slot` holds the element's state, kSlots values.
+// Each rule is a functor for one element, or a vector V of elements, in the arithmetic type T. Its
+// constructor folds the hyperparameters, given as doubles in the order of its Hyperparameters, and
+// the number of the step, counted from 1; `slot` holds the element's state, kSlots values.
 
 // p <- p - lr * g
 template <class T>
@@ -55,7 +72,10 @@ struct Sgd {
 
   Sgd(const Hyperparameters& h, double /*step*/) : lr(static_cast<T>(h.lr)) {}
 
-  HOST_DEVICE void operator()(T& param, T grad, T* /*slot*/) const { param -= lr * grad; }
+  template <class V>
+  HOST_DEVICE void operator()(V& param, V grad, V* /*slot*/) const {
+    param = param - lr * grad;
+  }
 };
 
 // b <- momentum * b + gradient_weight * g
@@ -81,11 +101,12 @@ struct Momentum {
         gradient_weight(static_cast<T>(step == 1 ? h.undamped_gradient_weight : h.gradient_weight)),
         undamped_gradient_weight(static_cast<T>(h.undamped_gradient_weight)) {}
 
-  HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
-    T& buffer = slot[0];
+  template <class V>
+  HOST_DEVICE void operator()(V& param, V grad, V* slot) const {
+    V& buffer = slot[0];
     buffer = buffer_decay * buffer + gradient_weight * grad;
-    const T update = kNesterov ? undamped_gradient_weight * grad + momentum * buffer : buffer;
-    param -= step_size * update;
+    const V update = kNesterov ? undamped_gradient_weight * grad + momentum * buffer : buffer;
+    param = param - step_size * update;
   }
 };
 
@@ -113,19 +134,16 @@ struct Adam {
         inverse_sqrt_correction(static_cast<T>(1 / std::sqrt(1 - std::pow(h.beta2, step)))),
         eps(static_cast<T>(h.eps)) {}
 
-  HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
-    T& first_moment = slot[0];
-    T& second_moment = slot[1];
+  template <class V>
+  HOST_DEVICE void operator()(V& param, V grad, V* slot) const {
+    V& first_moment = slot[0];
+    V& second_moment = slot[1];
     first_moment = average(first_moment, grad);
     second_moment = beta2 * second_moment + second_weight * grad * grad;
-    T divisor = second_moment;
-    if (kAmsgrad) {
-      T& largest = slot[2];
-      // The second test keeps a NaN, as torch.maximum does.
-      largest = second_moment > largest || second_moment != second_moment ? second_moment : largest;
-      divisor = largest;
-    }
-    param -= step_size * first_moment / (std::sqrt(divisor) * inverse_sqrt_correction + eps);
+    if (kAmsgrad) slot[2] = maximum(slot[2], second_moment);
+    const V divisor = kAmsgrad ? slot[2] : second_moment;
+    param = param -
+            step_size * first_moment / (square_root(divisor) * inverse_sqrt_correction + eps);
   }
 };
 
@@ -146,12 +164,10 @@ struct Lion {
   Lion(const Hyperparameters& h, double /*step*/)
       : lr(static_cast<T>(h.lr)), update_average(1 - h.beta1), moment_average(1 - h.beta2) {}
 
-  HOST_DEVICE void operator()(T& param, T grad, T* slot) const {
-    T& moment = slot[0];
-    const T direction = update_average(moment, grad);
-    // sign(NaN) is 0, as torch.sign has it.
-    const T sign = static_cast<T>(direction > 0) - static_cast<T>(direction < 0);
-    param -= lr * sign;
+  template <class V>
+  HOST_DEVICE void operator()(V& param, V grad, V* slot) const {
+    V& moment = slot[0];
+    param = param - lr * sign_of(update_average(moment, grad));
     moment = moment_average(moment, grad);
   }
 };

@@ -1,12 +1,11 @@
-// One loop for every optimizer: tiles are loaded in the arithmetic type, a rule of
-// core/update_rules.h runs over them, and what it changed is stored. Tiles that already lie in
-// memory as the rule wants them are not copied.
+// One loop for every optimizer: values are widened to the arithmetic type in registers, a rule of
+// core/update_rules.h runs over them, and what it changed is rounded and stored. Operands that lie
+// in another order than the parameter are gathered into tiles first.
 
 #include "cpu/optimizer_step.h"
 
 #include <atomic>
 #include <new>
-#include <type_traits>
 #include <utility>
 
 #include "cpu/simd.h"
@@ -20,9 +19,9 @@ constexpr int kParam = 0;
 constexpr int kGrad = 1;
 constexpr int kFirstSlot = 2;
 
-template <class T>
+template <class Storage>
 struct Tile {
-  T* operands[kOperands];
+  Storage* operands[kOperands];
   int64_t size;
 };
 
@@ -54,96 +53,74 @@ void for_each_run(const Walk& walk, int operand, int64_t start, int64_t n, Visit
   }
 }
 
-// One operand of a task, tile by tile.
+// One operand's share of a tile: its own memory where that is contiguous, otherwise a copy.
 template <class Storage>
 class OperandTile {
-  using T = ComputeType<Storage>;
-  static constexpr bool kSameType = std::is_same<Storage, T>::value;
-
  public:
-  // The tile's values, to be changed in place; store_tile writes them back.
-  T* load_tile(const StepTask& task, int operand, int64_t start, int64_t n) {
+  Storage* load_tile(const StepTask& task, int operand, int64_t start, int64_t n) {
     data_ = static_cast<Storage*>(task.operands[operand]);
     walk_ = task.walk;
     operand_ = operand;
     start_ = start;
     size_ = n;
-    in_place_ = kSameType && !walk_;
-    if (in_place_) return reinterpret_cast<T*>(data_ + start);
-    if (!walk_) {
-      convert(buffer_, data_ + start, n);
-      return buffer_;
-    }
-    T* target = buffer_;
+    if (!walk_) return data_ + start;
+    Storage* target = buffer_;
     for_each_run(*walk_, operand, start, n, [&](int64_t offset, int64_t stride, int64_t run) {
-      if (stride == 1) {
-        convert(target, data_ + offset, run);
-      } else {
-        for (int64_t i = 0; i < run; ++i) target[i] = load(data_ + offset + i * stride);
-      }
+      for (int64_t i = 0; i < run; ++i) target[i] = data_[offset + i * stride];
       target += run;
     });
     return buffer_;
   }
 
-  void store_tile() const {
-    if (in_place_) return;
-    if (!walk_) {
-      convert(data_ + start_, buffer_, size_);
-      return;
-    }
-    const T* source = buffer_;
+  void store_tile() {
+    if (!walk_) return;
+    const Storage* source = buffer_;
     for_each_run(*walk_, operand_, start_, size_, [&](int64_t offset, int64_t stride, int64_t run) {
-      if (stride == 1) {
-        convert(data_ + offset, source, run);
-      } else {
-        for (int64_t i = 0; i < run; ++i) store(data_ + offset + i * stride, source[i]);
-      }
+      for (int64_t i = 0; i < run; ++i) data_[offset + i * stride] = source[i];
       source += run;
     });
   }
 
  private:
-  alignas(64) T buffer_[kTile];
+  alignas(64) Storage buffer_[kTile];
   Storage* data_;
   const Walk* walk_;
   int operand_;
   int64_t start_, size_;
-  bool in_place_;
 };
 
-template <class Rule, WeightDecay kWeightDecay, class T>
-void apply_rule(const BoundRule& bound, const Tile<T>& tile) {
+template <class Rule, WeightDecay kWeightDecay, class Storage>
+void apply_rule(const BoundRule& bound, const Tile<Storage>& tile) {
+  using T = ComputeType<Storage>;
   const Rule rule = *reinterpret_cast<const Rule*>(bound.functor);
   const T decay = static_cast<T>(bound.decay);
   const T sign = static_cast<T>(bound.maximize ? -1 : 1);
-  T* const param = tile.operands[kParam];
-  const T* const grad = tile.operands[kGrad];
-  T* const* const slots = tile.operands + kFirstSlot;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < tile.size; ++i) {
-    T p = param[i];
-    T g = sign * grad[i];
+  Storage* const param = tile.operands[kParam];
+  const Storage* const grad = tile.operands[kGrad];
+  Storage* slots[kMaxSlots];
+  for (int s = 0; s < Rule::kSlots; ++s) slots[s] = tile.operands[kFirstSlot + s];
+  for_each_lanes<T>(tile.size, [&](int64_t i, auto lanes) {
+    using V = decltype(lanes);
+    V p = load_as<V>(param + i);
+    V g = sign * load_as<V>(grad + i);
     if (kWeightDecay == WeightDecay::kL2) {
-      g += decay * p;
+      g = g + decay * p;
     } else {
-      p *= decay;
+      p = decay * p;
     }
-    T slot[kMaxSlots];
+    V slot[kMaxSlots];
 #pragma GCC unroll 4
-    for (int s = 0; s < Rule::kSlots; ++s) slot[s] = slots[s][i];
+    for (int s = 0; s < Rule::kSlots; ++s) slot[s] = load_as<V>(slots[s] + i);
     rule(p, g, slot);
-    param[i] = p;
+    store(param + i, p);
 #pragma GCC unroll 4
-    for (int s = 0; s < Rule::kSlots; ++s) slots[s][i] = slot[s];
-  }
+    for (int s = 0; s < Rule::kSlots; ++s) store(slots[s] + i, slot[s]);
+  });
 }
 
-template <class T>
-struct RuleKernel {
-  void (*bind)(void* functor, const double* hyperparameters, double step);
-  void (*apply[2])(const BoundRule& bound, const Tile<T>& tile);  // by WeightDecay
-};
+using BindRule = void (*)(void* functor, const double* hyperparameters, double step);
+template <class Storage>
+using ApplyRule = void (*)(const BoundRule& bound, const Tile<Storage>& tile);
 
 template <class Rule>
 void bind_rule(void* functor, const double* hyperparameters, double step) {
@@ -159,14 +136,19 @@ struct RuleTable;
 
 template <class... Rules, std::size_t... kIndices>
 struct RuleTable<std::tuple<Rules...>, std::index_sequence<kIndices...>> {
+  template <class T, std::size_t kIndex>
+  using RuleAt = std::tuple_element_t<kIndex, UpdateRules<T>>;
+
   template <class T>
-  static const RuleKernel<T>& kernel(int rule) {
-    static const RuleKernel<T> kernels[] = {
-        {bind_rule<std::tuple_element_t<kIndices, UpdateRules<T>>>,
-         {apply_rule<std::tuple_element_t<kIndices, UpdateRules<T>>, WeightDecay::kL2, T>,
-          apply_rule<std::tuple_element_t<kIndices, UpdateRules<T>>, WeightDecay::kDecoupled,
-                     T>}}...};
-    return kernels[rule];
+  static BindRule bind(int rule) {
+    static constexpr BindRule kBind[] = {bind_rule<RuleAt<T, kIndices>>...};
+    return kBind[rule];
+  }
+  template <class Storage, WeightDecay kWeightDecay>
+  static ApplyRule<Storage> apply(int rule) {
+    static constexpr ApplyRule<Storage> kApply[] = {
+        apply_rule<RuleAt<ComputeType<Storage>, kIndices>, kWeightDecay, Storage>...};
+    return kApply[rule];
   }
   static constexpr UpdateRuleInfo kInfo[] = {
       {Rules::kName, Rules::kSlots,
@@ -177,19 +159,21 @@ struct RuleTable<std::tuple<Rules...>, std::index_sequence<kIndices...>> {
 using Table = RuleTable<UpdateRules<float>,
                         std::make_index_sequence<std::tuple_size<UpdateRules<float>>::value>>;
 
-template <class T>
-void unscale_tile(T* grad, int64_t n, double factor) {
+template <class Storage>
+void unscale_tile(Storage* grad, int64_t n, double factor) {
+  using T = ComputeType<Storage>;
   const T scale = static_cast<T>(factor);
-  for (int64_t i = 0; i < n; ++i) grad[i] *= scale;
+  for_each_lanes<T>(n, [&](int64_t i, auto lanes) {
+    store(grad + i, scale * load_as<decltype(lanes)>(grad + i));
+  });
 }
 
 template <class Storage>
 void run_tile(const StepTask& task, const BoundRule& bound, int64_t index) {
-  using T = ComputeType<Storage>;
   OperandTile<Storage> operands[kOperands];
   const int used = kFirstSlot + Table::kInfo[bound.rule].slots;
   const int64_t start = index * kTile;
-  Tile<T> tile;
+  Tile<Storage> tile;
   tile.size = task.numel - start < kTile ? task.numel - start : kTile;
   for (int k = 0; k < used; ++k) {
     tile.operands[k] = operands[k].load_tile(task, k, start, tile.size);
@@ -198,7 +182,10 @@ void run_tile(const StepTask& task, const BoundRule& bound, int64_t index) {
     unscale_tile(tile.operands[kGrad], tile.size, bound.unscale);
     operands[kGrad].store_tile();
   }
-  Table::kernel<T>(bound.rule).apply[static_cast<int>(bound.weight_decay)](bound, tile);
+  const auto apply = bound.weight_decay == WeightDecay::kL2
+                         ? Table::apply<Storage, WeightDecay::kL2>(bound.rule)
+                         : Table::apply<Storage, WeightDecay::kDecoupled>(bound.rule);
+  apply(bound, tile);
   operands[kParam].store_tile();
   for (int k = kFirstSlot; k < used; ++k) operands[k].store_tile();
 }
@@ -252,8 +239,8 @@ void step(const StepBatch& batch) {
 }
 
 void bind(BoundRule& bound, DType dtype, const double* hyperparameters, double step_number) {
-  const auto bind_functor = dtype == DType::kFloat64 ? Table::kernel<double>(bound.rule).bind
-                                                     : Table::kernel<float>(bound.rule).bind;
+  const BindRule bind_functor =
+      dtype == DType::kFloat64 ? Table::bind<double>(bound.rule) : Table::bind<float>(bound.rule);
   bind_functor(bound.functor, hyperparameters, step_number);
 }
 

@@ -1,40 +1,201 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "core/dtypes.h"
+#include "core/update_rules.h"
 
 FASTOPT_BEGIN_NAMESPACE
 
-// source[0..n) -> target[0..n), contiguous. The loops vectorise; half precision has instructions
-// of its own, which GCC does not find by itself.
-template <class Target, class Source>
-inline void convert(Target* __restrict target, const Source* __restrict source, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) store(target + i, load(source + i));
-}
-
-#if defined(__F16C__)
-inline void convert(float* __restrict target, const Half* __restrict source, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
-    _mm256_storeu_ps(target + i, _mm256_cvtph_ps(halves));
-  }
-  for (; i < n; ++i) store(target + i, load(source + i));
-}
-
-inline void convert(Half* __restrict target, const float* __restrict source, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), halves);
-  }
-  for (; i < n; ++i) store(target + i, load(source + i));
-}
+// Vectors of the width of the instruction set, on GCC's vector extensions: arithmetic needs no
+// intrinsics. Only what the extensions lack is spelled per instruction set, here and nowhere else.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
 #endif
+
+template <class T>
+struct NativeVector;
+template <>
+struct NativeVector<float> {
+  static constexpr int kWidth = kVectorBytes / 4;
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct NativeVector<double> {
+  static constexpr int kWidth = kVectorBytes / 8;
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
+};
+
+// kWidth values of T. The second operand of an operation may be a scalar.
+template <class T>
+struct Vec {
+  static constexpr int kWidth = NativeVector<T>::kWidth;
+  using Native = typename NativeVector<T>::type;
+  using Mask = typename NativeVector<T>::mask;
+
+  Native value;
+
+  friend HOST_DEVICE Vec operator+(Vec a, Vec b) { return {a.value + b.value}; }
+  friend HOST_DEVICE Vec operator-(Vec a, Vec b) { return {a.value - b.value}; }
+  friend HOST_DEVICE Vec operator*(Vec a, Vec b) { return {a.value * b.value}; }
+  friend HOST_DEVICE Vec operator/(Vec a, Vec b) { return {a.value / b.value}; }
+  friend HOST_DEVICE Vec operator+(Vec a, T b) { return {a.value + b}; }
+  friend HOST_DEVICE Vec operator*(Vec a, T b) { return {a.value * b}; }
+  friend HOST_DEVICE Vec operator*(T a, Vec b) { return {a * b.value}; }
+};
+
+template <class T>
+HOST_DEVICE Vec<T> maximum(Vec<T> left, Vec<T> right) {
+  const typename Vec<T>::Mask right_wins = (right.value > left.value) | (right.value != right.value);
+  return {right_wins ? right.value : left.value};
+}
+
+template <class T>
+HOST_DEVICE Vec<T> sign_of(Vec<T> vector) {
+  const typename Vec<T>::Native zero{}, one = zero + 1;
+  return {vector.value > zero ? one : vector.value < zero ? -one : zero};
+}
+
+HOST_DEVICE Vec<float> square_root(Vec<float> vector) {
+#if defined(__AVX512F__)
+  return {(Vec<float>::Native)_mm512_sqrt_ps((__m512)vector.value)};
+#elif defined(__AVX2__)
+  return {(Vec<float>::Native)_mm256_sqrt_ps((__m256)vector.value)};
+#elif defined(__SSE2__)
+  return {(Vec<float>::Native)_mm_sqrt_ps((__m128)vector.value)};
+#else
+  for (int i = 0; i < Vec<float>::kWidth; ++i) vector.value[i] = std::sqrt(vector.value[i]);
+  return vector;
+#endif
+}
+
+HOST_DEVICE Vec<double> square_root(Vec<double> vector) {
+#if defined(__AVX512F__)
+  return {(Vec<double>::Native)_mm512_sqrt_pd((__m512d)vector.value)};
+#elif defined(__AVX2__)
+  return {(Vec<double>::Native)_mm256_sqrt_pd((__m256d)vector.value)};
+#elif defined(__SSE2__)
+  return {(Vec<double>::Native)_mm_sqrt_pd((__m128d)vector.value)};
+#else
+  for (int i = 0; i < Vec<double>::kWidth; ++i) vector.value[i] = std::sqrt(vector.value[i]);
+  return vector;
+#endif
+}
+
+// load_as<V>: one value or a vector of them, from storage of any kind. store: the way back.
+template <class V, class Storage>
+struct Lanes {  // V is a scalar
+  static HOST_DEVICE V load(const Storage* source) { return fastopt::load(source); }
+};
+
+template <class T>
+struct Lanes<Vec<T>, T> {
+  static HOST_DEVICE Vec<T> load(const T* source) {
+    Vec<T> result;
+    memcpy(&result, source, sizeof result);
+    return result;
+  }
+};
+
+template <class T>
+HOST_DEVICE void store(T* target, Vec<T> vector) {
+  memcpy(target, &vector, sizeof vector);
+}
+
+constexpr int kFloatLanes = Vec<float>::kWidth;
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+
+// 16 bits to 32 and back, exact: GCC 12 compiles __builtin_convertvector to twice the instructions.
+HOST_DEVICE Bits32 widened(const void* source) {
+#if defined(__AVX512F__)
+  return (Bits32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)source));
+#elif defined(__AVX2__)
+  return (Bits32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)source));
+#else
+  Bits16 bits;
+  memcpy(&bits, source, sizeof bits);
+  return __builtin_convertvector(bits, Bits32);
+#endif
+}
+
+HOST_DEVICE void store_narrowed(void* target, Bits32 bits) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)target, _mm512_cvtepi32_epi16((__m512i)bits));
+#elif defined(__AVX2__)
+  const __m256i wide = (__m256i)bits;
+  _mm_storeu_si128((__m128i*)target, _mm_packus_epi32(_mm256_castsi256_si128(wide),
+                                                      _mm256_extracti128_si256(wide, 1)));
+#else
+  const Bits16 narrow = __builtin_convertvector(bits, Bits16);
+  memcpy(target, &narrow, sizeof narrow);
+#endif
+}
+
+template <>
+struct Lanes<Vec<float>, BFloat16> {
+  static HOST_DEVICE Vec<float> load(const BFloat16* source) {
+    return {(Vec<float>::Native)(widened(source) << 16)};
+  }
+};
+
+// As store(BFloat16*, float) in core/dtypes.h.
+HOST_DEVICE void store(BFloat16* target, Vec<float> vector) {
+  const Bits32 bits = (Bits32)vector.value;
+  const Bits32 rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  const Bits32 quiet_nan = bits | 0x00400000u;
+  store_narrowed(target, (vector.value != vector.value ? quiet_nan : rounded) >> 16);
+}
+
+template <>
+struct Lanes<Vec<float>, Half> {
+  static HOST_DEVICE Vec<float> load(const Half* source) {
+#if defined(__AVX512F__)
+    return {(Vec<float>::Native)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)source))};
+#elif defined(__F16C__)
+    return {(Vec<float>::Native)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)source))};
+#else
+    Vec<float> result;
+    for (int i = 0; i < kFloatLanes; ++i) result.value[i] = fastopt::load(source + i);
+    return result;
+#endif
+  }
+};
+
+HOST_DEVICE void store(Half* target, Vec<float> vector) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)target,
+                      _mm512_cvtps_ph((__m512)vector.value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)target,
+                   _mm256_cvtps_ph((__m256)vector.value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kFloatLanes; ++i) store(target + i, vector.value[i]);
+#endif
+}
+
+template <class V, class Storage>
+HOST_DEVICE V load_as(const Storage* source) {
+  return Lanes<V, Storage>::load(source);
+}
+
+// Calls body(i, V()) for all i in [0, n): with V a vector while one fits, then with V = T.
+template <class T, class Body>
+HOST_DEVICE void for_each_lanes(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + Vec<T>::kWidth <= n; i += Vec<T>::kWidth) body(i, Vec<T>());
+  for (; i < n; ++i) body(i, T());
+}
 
 FASTOPT_END_NAMESPACE
