@@ -229,17 +229,42 @@ bool OptimizerPlan::same_state(py::dict state) const {
   return true;
 }
 
-bool OptimizerPlan::same_memory(const Entry& entry) const {
-  DLTensor tensor;
-  if (!torch_access::describe(entry.param.ptr(), tensor) || tensor.address() != entry.data ||
-      tensor.dtype != entry.raw_dtype || !same(entry.raw_sizes, tensor.shape, tensor.ndim) ||
-      !same(entry.raw_strides, tensor.strides, tensor.ndim)) {
-    return false;
-  }
-  for (const Slot& slot : entry.slots) {
-    if (slot.handle.address() != slot.data) return false;
+// The state of a thousand parameters does not fit a cache that a training step has passed through:
+// what the next entries are going to need is fetched while the present one is looked at.
+constexpr size_t kEntriesAhead = 6;
+
+bool OptimizerPlan::same_state_memory() const {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (i + kEntriesAhead < entries_.size()) {
+      const Entry& ahead = entries_[i + kEntriesAhead];
+      for (const Slot& slot : ahead.slots) slot.handle.prefetch();
+      if (ahead.has_step) ahead.step.prefetch();
+    }
+    for (const Slot& slot : entries_[i].slots) {
+      if (slot.handle.address() != slot.data) return false;
+    }
   }
   return true;
+}
+
+void OptimizerPlan::prefetch_descriptions(size_t index) const {
+  if (index >= entries_.size()) return;
+  const Entry& entry = entries_[index];
+  __builtin_prefetch(entry.param.ptr());
+  __builtin_prefetch(entry.traces.grad_object);
+  for (const void* trace : {entry.traces.param, entry.traces.grad}) {
+    const char* description = static_cast<const char*>(trace);
+    for (int line = -1; line <= 1; ++line) __builtin_prefetch(description + 64 * line);
+  }
+}
+
+bool OptimizerPlan::same_memory(Entry& entry) const {
+  DLTensor tensor;
+  if (!torch_access::describe(entry.param.ptr(), tensor)) return false;
+  entry.traces.param = tensor.shape;
+  return tensor.address() == entry.data && !(tensor.dtype != entry.raw_dtype) &&
+         same(entry.raw_sizes, tensor.shape, tensor.ndim) &&
+         same(entry.raw_strides, tensor.strides, tensor.ndim);
 }
 
 // Returns why the kernels do not take the gradient, in words, or nullptr.
@@ -267,6 +292,8 @@ const char* OptimizerPlan::refuse_gradient(Entry& entry, bool unscaling) const {
     plan_walk(entry, layout);
   }
   grad.data = tensor.address();
+  entry.traces.grad_object = grad.tensor.ptr();
+  entry.traces.grad = tensor.shape;
   if (unscaling && grad.may_overlap_itself) return "elements of the gradient share memory";
   const char* param = static_cast<const char*>(entry.data);
   const char* data = static_cast<const char*>(grad.data);
@@ -311,12 +338,13 @@ void OptimizerPlan::plan_walk(Entry& entry, const Layout& grad) const {
 py::object OptimizerPlan::collect(py::list param_groups, py::dict state, bool unscaling) {
   refuse_if_busy();
   release();
-  if (!same_groups(param_groups) || !same_state(state)) return py::none();
+  if (!same_groups(param_groups) || !same_state(state) || !same_state_memory()) return py::none();
   py::list refused;
   int index = 0;
   for (size_t i = 0; i < entries_.size(); ++i, ++index) {
     Entry& entry = entries_[i];
     if (i > 0 && entry.group != entries_[i - 1].group) index = 0;
+    prefetch_descriptions(i + kEntriesAhead);
     if (entry.service == Service::kElsewhere) continue;
     py::object grad =
         py::reinterpret_steal<py::object>(torch_access::gradient_of(entry.param.ptr()));

@@ -69,8 +69,15 @@ class OptimizerPlan {
     int64_t extent = 0;
     bool may_overlap_itself = false;
   };
+  // Where a tensor's description was last step. Only ever prefetched: it may have moved.
+  struct Traces {
+    const void* param = nullptr;
+    const void* grad_object = nullptr;
+    const void* grad = nullptr;
+  };
   struct Entry {
     pybind11::handle param;
+    Traces traces;
     int group = 0;
     Service service = Service::kElsewhere;
     bool is_new = false;      // its first step: there was no state before
@@ -105,7 +112,9 @@ class OptimizerPlan {
   void mark_shared_memory();
   bool same_groups(pybind11::list param_groups) const;
   bool same_state(pybind11::dict state) const;
-  bool same_memory(const Entry& entry) const;
+  bool same_state_memory() const;
+  bool same_memory(Entry& entry) const;
+  void prefetch_descriptions(size_t index) const;
   const char* refuse_gradient(Entry& entry, bool unscaling) const;
   void plan_walk(Entry& entry, const Layout& grad) const;
   double advance_step(const Entry& entry) const;

@@ -64,6 +64,8 @@ class TensorHandle {
     return *this;
   }
   void* address() const;
+  // Brings in what address() is going to read.
+  void prefetch() const { __builtin_prefetch(*static_cast<void* const*>(handle_)); }
 
  private:
   void* handle_ = nullptr;

@@ -142,8 +142,8 @@ struct Adam {
     second_moment = beta2 * second_moment + second_weight * grad * grad;
     if (kAmsgrad) slot[2] = maximum(slot[2], second_moment);
     const V divisor = kAmsgrad ? slot[2] : second_moment;
-    param = param -
-            step_size * first_moment / (square_root(divisor) * inverse_sqrt_correction + eps);
+    param =
+        param - step_size * first_moment / (square_root(divisor) * inverse_sqrt_correction + eps);
   }
 };
 

@@ -57,7 +57,8 @@ struct Vec {
 
 template <class T>
 HOST_DEVICE Vec<T> maximum(Vec<T> left, Vec<T> right) {
-  const typename Vec<T>::Mask right_wins = (right.value > left.value) | (right.value != right.value);
+  const typename Vec<T>::Mask right_wins =
+      (right.value > left.value) | (right.value != right.value);
   return {right_wins ? right.value : left.value};
 }
 
