@@ -31,7 +31,6 @@ test: build
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,min,iqr,rounds
 	$(BIN)/python -m bench --output $(RESULTS)
-	$(BIN)/python -m bench --render
 
 lint: build
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
@@ -250,11 +251,15 @@ def load_checkpoint(path: Path, trainees: Sequence[Trainee], origin: dict[str, A
     """Resumes where the checkpoint was written.
 
     Raises:
-        CheckpointError: The checkpoint comes from other data, another recipe or another model.
+        CheckpointError: The file is something else, or comes from other data or settings.
     """
-    saved = torch.load(path, weights_only=True)
-    if saved["origin"] != origin:
-        changed = sorted(k for k in origin if saved["origin"].get(k) != origin[k])
+    try:
+        saved = torch.load(path, weights_only=True)
+        saved_origin, states = saved["origin"], saved["contenders"]
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of this program") from error
+    if saved_origin != origin:
+        changed = sorted(key for key in origin if saved_origin.get(key) != origin[key])
         raise CheckpointError(f"{path} was made with another setting of {', '.join(changed)}")
     for trainee in trainees:
-        trainee.load_state_dict(saved["contenders"][trainee.name])
+        trainee.load_state_dict(states[trainee.name])

@@ -119,21 +119,26 @@ def draw_losses(records: Mapping[str, Record], path: Path) -> None:
     FigureCanvasAgg(figure)  # draws to the file; no display is needed
     by_step, by_second = figure.subplots(1, 2)
     # Equal curves lie on each other: the first is drawn widest, so that it shows beneath.
-    widths = np.linspace(6.0, 1.5, len(records))
+    widths = np.linspace(5.0, 1.2, len(records))
     for index, ((name, record), width) in enumerate(zip(records.items(), widths, strict=True)):
         steps = np.arange(1, len(record.losses) + 1)
         seconds = np.cumsum(record.step_seconds)
-        ends = np.asarray(record.epoch_ends)
+        ends = np.asarray(record.epoch_ends) - 1
         smooth = smoothed(record.losses)
         for axes, x in ((by_step, steps), (by_second, seconds)):
-            axes.plot(x, smooth, color=f"C{index}", linewidth=width, alpha=0.75, label=name)
+            axes.plot(x, smooth, color=f"C{index}", linewidth=width, alpha=0.8, label=name)
             axes.plot(
-                x[ends - 1], record.validation_losses, color=f"C{index}", linestyle="none",
-                marker="o", markersize=4 + 1.6 * width, markerfacecolor="none",
-                markeredgewidth=1.5, label=f"{name}, validation",
-            )  # fmt: skip
-    by_step.set(xlabel="step", ylabel="cross-entropy", title="the same steps")
-    by_second.set(xlabel="seconds of training", title="the same clock")
+                x[ends],
+                record.validation_losses,
+                "o",
+                color=f"C{index}",
+                markersize=4 + 2 * width,
+                markerfacecolor="none",
+                markeredgewidth=1.5,
+            )
+    by_step.plot([], [], "o", color="grey", markerfacecolor="none", label="validation")
+    by_step.set(xlabel="step", ylabel="cross-entropy", title="Training loss against steps")
+    by_second.set(xlabel="seconds of training", title="Training loss against time")
     for axes in (by_step, by_second):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

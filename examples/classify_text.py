@@ -85,7 +85,7 @@ class Settings:
 
 
 DEFAULT = Settings(
-    Recipe(epochs=4, lr=5e-3, weight_decay=1e-5, warmup=0.1, max_grad_norm=1.0, patience=3, seed=0)
+    Recipe(epochs=3, lr=5e-3, weight_decay=1e-5, warmup=0.1, max_grad_norm=1.0, patience=3, seed=0)
 )
 FULL = replace(
     DEFAULT,
@@ -267,7 +267,11 @@ def train_all(
     task: Task, settings: Settings, checkpoint: Path | None, resume: bool
 ) -> dict[str, Trainee]:
     trainees = [enroll(contender, task, settings) for contender in CONTENDERS]
-    origin = asdict(settings) | {"labels": task.labels, "tokenizer": task.tokenizer.to_str()}
+    origin = asdict(settings) | {
+        "contenders": [contender.name for contender in CONTENDERS],
+        "labels": task.labels,
+        "tokenizer": task.tokenizer.to_str(),
+    }
     if checkpoint and resume:
         load_checkpoint(checkpoint, trainees, origin)
 

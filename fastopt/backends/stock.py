@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from fastopt.backends.contract import ParameterRequest, Refusal, SteppedOptimizer, UpdateRule
+from fastopt.backends.contract import (
+    ParameterRequest,
+    ParamGroup,
+    Refusal,
+    SteppedOptimizer,
+    UpdateRule,
+)
 from fastopt.backends.planning import members
 
 
@@ -58,7 +64,18 @@ class TorchPlan:
                     torch._foreach_mul_([p.grad for p in params if p.grad is not None], unscale)
             differentiable = optimizer.defaults.get("differentiable", False)
             with torch.set_grad_enabled(differentiable):
-                optimizer._torch_step({**group, "params": params})
+                for part in _safe_groups(group, params):
+                    optimizer._torch_step(part)
 
     def release(self) -> None:
         """Nothing was fetched."""
+
+
+def _safe_groups(group: ParamGroup, params: list[Tensor]) -> list[ParamGroup]:
+    """The group for these parameters, without stock's fused CPU step: it corrupts strided ones."""
+    if not group.get("fused"):
+        return [{**group, "params": params}]
+    on_cpu = [param for param in params if param.device.type == "cpu"]
+    elsewhere = [param for param in params if param.device.type != "cpu"]
+    parts = ({**group, "params": on_cpu, "fused": False}, {**group, "params": elsewhere})
+    return [part for part in parts if part["params"]]

@@ -118,6 +118,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             foreach=group["foreach"],
             capturable=group["capturable"],
             differentiable=group["differentiable"],
-            fused=False,
+            fused=group["fused"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
         )

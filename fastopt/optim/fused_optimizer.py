@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from fastopt.backends.contract import ParamGroup, UpdateRule, WeightDecay
 from fastopt.backends.registry import check_name
+from fastopt.backends.stock import TorchPlan
 from fastopt.ops.optimizer_step import optimizer_step
 
 
@@ -94,9 +95,8 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
-                for group in self.param_groups:
-                    self._torch_step(_with_gradients(group))
+            everything = [[True] * len(group["params"]) for group in self.param_groups]
+            TorchPlan(self, everything).run(self, (), 1.0)
         else:
             optimizer_step(self)
         return loss
@@ -122,7 +122,3 @@ def weight_decay_of(group: ParamGroup, decoupled: bool) -> tuple[WeightDecay, fl
     if decoupled or weight_decay == 0:
         return WeightDecay.DECOUPLED, 1 - scalar(group["lr"]) * weight_decay
     return WeightDecay.L2, weight_decay
-
-
-def _with_gradients(group: ParamGroup) -> ParamGroup:
-    return {**group, "params": [p for p in group["params"] if p.grad is not None]}

@@ -129,7 +129,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             maximize=group["maximize"],
             has_sparse_grad=has_sparse_grad,
             foreach=group["foreach"],
-            fused=False,
+            fused=group["fused"],
         )
         for param, buffer in zip(params, buffers, strict=False):
             self.state[param]["momentum_buffer"] = buffer
