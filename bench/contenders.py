@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -89,26 +89,24 @@ def _deepspeed(case: OptimizerCase) -> Step | None:
     return step
 
 
+# Rounding once per stored value and step, three steps.
+PARITY = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
 def check_parity(case: OptimizerCase) -> None:
-    """Refuses to time a step that gives other numbers than stock's loop.
+    """Refuses to time a step that gives other numbers than the reference in double precision.
 
     Raises:
         AssertionError: The parameters differ after three steps.
     """
-    ours_class = getattr(fastopt.optim, case.optimizer)
-    stock_class = getattr(torch.optim, case.optimizer, None)
-    small = copy.copy(case)
     clipped = tuple(tuple(min(size, 64) for size in shape) for shape in case.shapes[:8])
-    object.__setattr__(small, "shapes", clipped)
-    ours, stock = make_parameters(small), make_parameters(small)
-    mine = ours_class(ours, **case.options)
-    if stock_class is None:
-        theirs = ours_class(stock, **case.options, backend="torch")
-    else:
-        theirs = stock_class(stock, **case.options, foreach=False)
+    small = dataclasses.replace(case, shapes=clipped)
+    ours, truth = make_parameters(small), make_parameters(small)
+    cls = getattr(fastopt.optim, case.optimizer)
+    optimizers = cls(ours, **case.options), cls(truth, **case.options, backend="reference")
     for _ in range(3):
-        mine.step()
-        theirs.step()
-    tolerance = 1e-5 if case.dtype is torch.float32 else 3e-2
-    for left, right in zip(ours, stock, strict=True):
+        for optimizer in optimizers:
+            optimizer.step()
+    tolerance = PARITY[case.dtype]
+    for left, right in zip(ours, truth, strict=True):
         torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)

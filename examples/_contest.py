@@ -53,6 +53,7 @@ class Recipe:
     weight_decay: float
     warmup: float  # share of all steps
     max_grad_norm: float
+    label_smoothing: float
     patience: int  # epochs without a better validation loss before training stops
     seed: int
 
@@ -95,7 +96,10 @@ class Trainee:
         # Dropout draws the same masks for every contender.
         torch.manual_seed(self.recipe.seed + len(self.record.losses))
         start = perf_counter()
-        loss = nn.functional.cross_entropy(self.model(batch.inputs), batch.targets)
+        logits = self.model(batch.inputs)
+        loss = nn.functional.cross_entropy(
+            logits, batch.targets, label_smoothing=self.recipe.label_smoothing
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         value = loss.item()
         tail_start = perf_counter()

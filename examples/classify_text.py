@@ -85,7 +85,16 @@ class Settings:
 
 
 DEFAULT = Settings(
-    Recipe(epochs=3, lr=5e-3, weight_decay=1e-5, warmup=0.1, max_grad_norm=1.0, patience=3, seed=0)
+    Recipe(
+        epochs=3,
+        lr=5e-3,
+        weight_decay=1e-5,
+        warmup=0.1,
+        max_grad_norm=1.0,
+        label_smoothing=0.1,
+        patience=3,
+        seed=0,
+    )
 )
 FULL = replace(
     DEFAULT,

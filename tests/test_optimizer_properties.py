@@ -12,7 +12,9 @@ from cases import DTYPES, random
 from fastopt import optim
 from tolerances import assert_matches
 
-sizes = st.lists(st.integers(0, 40), min_size=0, max_size=4).map(tuple)
+sizes = st.one_of(
+    st.lists(st.integers(0, 12), max_size=4).map(tuple), st.tuples(st.integers(0, 3000))
+)
 unit = st.floats(0.0, 0.99)
 rate = st.sampled_from([1e-4, 0.01, 0.1, 1.0])
 decay = st.sampled_from([0.0, 0.01, 0.3])
@@ -61,7 +63,7 @@ def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, writable: boo
     return view
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.data(), shape=sizes, dtype=st.sampled_from(DTYPES), optimizer=optimizers)
 def test_any_step_is_the_references(
     data: Any, shape: tuple[int, ...], dtype: torch.dtype, optimizer: Any
