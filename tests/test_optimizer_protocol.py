@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+import fastopt
 from cases import ALL, WITH_STOCK, OptimizerCase, clones, parameters, train
 from fastopt import optim
 from tolerances import assert_matches
@@ -368,6 +369,198 @@ def test_scaled_expanded_and_shared_gradients(case: OptimizerCase) -> None:
         plain.step()
     assert_same_params(ours, truth)
     assert all((param.grad == 0.5).all() for param in ours)
+
+
+@pytest.mark.parametrize("case", WITH_STOCK, **IDS)
+def test_hooks_and_overridden_steps_see_unscaled_gradients(case: OptimizerCase) -> None:
+    class Clipped(case.ours):  # type: ignore[misc, name-defined]
+        def step(self, closure: Any = None) -> Any:
+            torch.nn.utils.clip_grad_norm_(ours, 1.0)
+            return super().step(closure)
+
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(ours, 1.0)
+
+    for way in ("hook", "subclass"):
+        ours, truth = small(), small()
+        mine = case.make(ours) if way == "hook" else Clipped(ours, **case.options)
+        if way == "hook":
+            mine.register_step_pre_hook(clip)
+        plain = case.make_stock(truth)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for _ in range(3):
+            for param, other in zip(ours, truth, strict=True):
+                other.grad = torch.randn(param.shape)
+                param.grad = other.grad * scaler.scale(torch.ones(()))
+            torch.nn.utils.clip_grad_norm_(truth, 1.0)
+            plain.step()
+            scaler.step(mine)
+            scaler.update()
+            assert_same_params(ours, truth)
+
+
+def test_a_skipped_step_runs_no_hooks() -> None:
+    params = small()
+    optimizer = optim.SGD(params)
+    calls: list[str] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    train(optimizer, params, steps=1)
+    assert calls == []
+
+
+def test_one_gradient_for_two_parameters_under_a_scaler() -> None:
+    def run(backend: str) -> list[torch.nn.Parameter]:
+        params = [torch.nn.Parameter(torch.ones(30, 30).t()) for _ in range(3)]
+        optimizer = optim.SGD(params, lr=1.0, momentum=0.9, backend=backend)
+        for _ in range(2):
+            params[0].grad = params[1].grad = torch.full((30, 30), 8.0)
+            params[2].grad = params[2].detach()
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+            optimizer.step()
+        return params
+
+    assert_same_params(run("cpu"), run("torch"))
+
+
+def test_state_changed_in_place_is_seen() -> None:
+    """At the same address with another dtype, shape or order: nothing may be written blindly."""
+
+    def through_dtypes(tensor: Tensor) -> None:
+        tensor.data = tensor.data.half()
+        tensor.data = tensor.data.bfloat16()
+
+    changes = {
+        "dtype": through_dtypes,
+        "transposed": lambda tensor: tensor.t_(),
+        "larger": lambda tensor: tensor.resize_(40, 40),
+    }
+    for change in changes.values():
+        results = []
+        for backend in ("auto", "torch"):
+            param = torch.nn.Parameter(torch.linspace(-1, 1, 400).view(20, 20).clone())
+            optimizer = optim.Adam([param], lr=0.1, backend=backend)
+            for step in range(3):
+                param.grad = torch.linspace(1, 2, 400).view(20, 20)
+                try:
+                    optimizer.step()
+                except RuntimeError as error:
+                    results.append(str(error))
+                    break
+                if step == 0:
+                    change(optimizer.state[param]["exp_avg"])
+            else:
+                results.append(param.detach().clone())
+        mine, theirs = results
+        if isinstance(theirs, str):
+            assert mine == theirs
+        else:
+            assert_matches(mine, theirs, op="optimizer", dtype=torch.float32)
+
+
+def test_step_counter_changed_in_place_is_seen() -> None:
+    for dtype in (torch.int64, torch.float64, torch.float16):
+        ours, stock = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+        for param, optimizer in (
+            (ours, optim.Adam([ours], lr=0.1)),
+            (stock, torch.optim.Adam([stock], lr=0.1, foreach=False)),
+        ):
+            for _ in range(3):
+                param.grad = torch.ones(5)
+                optimizer.step()
+                counter = optimizer.state[param]["step"]
+                counter.data = counter.data.to(dtype)
+            assert optimizer.state[param]["step"].item() == 3
+        assert_same_params([ours], [stock])
+    optimizer = optim.Adam([ours], lr=0.1)
+    optimizer.step()
+    optimizer.state[ours]["step"].resize_(0)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    optimizer.state[ours]["step"] = 0
+    with pytest.raises(RuntimeError, match="API has changed"):
+        optimizer.step()
+
+
+def test_state_entries_swapped_between_keys_are_seen() -> None:
+    ours, stock = small(), small()
+    mine, theirs = optim.Adam(ours), torch.optim.Adam(stock, foreach=False)
+    for optimizer, params in ((mine, ours), (theirs, stock)):
+        train(optimizer, params, steps=2)
+        for state in optimizer.state.values():
+            step, first, second = state["step"], state["exp_avg"], state["exp_avg_sq"]
+            state.clear()
+            state.update(step=step, exp_avg_sq=first.abs(), exp_avg=second)
+        train(optimizer, params, steps=2)
+        for state in optimizer.state.values():
+            first, second = state["exp_avg"], state["exp_avg_sq"]
+            state.clear()
+            state.update(step=torch.tensor(2.0), exp_avg_sq=first.abs(), exp_avg=second)
+        train(optimizer, params, steps=2)
+    assert_same_params(ours, stock)
+
+
+def test_a_refused_first_step_leaves_no_state_and_counts_as_none() -> None:
+    for backend in ("cpu", "auto"):
+        ours, stock = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+        mine = optim.SGD([ours], lr=0.1, momentum=0.9, dampening=0.5, backend=backend)
+        theirs = torch.optim.SGD([stock], lr=0.1, momentum=0.9, dampening=0.5, foreach=False)
+        ours.grad = torch._neg_view(torch.ones(4, 4))
+        if backend == "cpu":
+            with pytest.raises(RuntimeError, match="cannot step"):
+                mine.step()
+            assert not mine.state
+        else:
+            stock.grad = torch.full((4, 4), -1.0)
+            mine.step()
+            theirs.step()
+        for _ in range(2):
+            for param, optimizer in ((ours, mine), (stock, theirs)):
+                param.grad = torch.ones(4, 4)
+                optimizer.step()
+        assert_same_params([ours], [stock])
+        assert_same_params(
+            [mine.state[ours]["momentum_buffer"]], [theirs.state[stock]["momentum_buffer"]]
+        )
+
+
+def test_groups_as_tuples_and_names_fewer_than_parameters() -> None:
+    params = small()
+    optimizer = optim.AdamW([(f"p{i}", p) for i, p in enumerate(params)])
+    optimizer.param_groups[0]["params"] = tuple(params)
+    train(optimizer, params, steps=3)
+    optimizer.param_groups[0]["params"] = [*params, torch.nn.Parameter(torch.ones(2))]
+    assert fastopt.explain(optimizer).parameters[-1].name == ""
+
+
+def test_freed_state_of_a_parameter_without_gradient_stops_nobody() -> None:
+    idle, busy = torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(8))
+    optimizer = optim.Adam([idle, busy], lr=0.1)
+    for param in (idle, busy):
+        param.grad = torch.ones(8)
+    optimizer.step()
+    optimizer.state[idle]["exp_avg"].untyped_storage().resize_(0)
+    idle.grad = None
+    optimizer.step()
+    assert optimizer.state[busy]["step"] == 2
+
+
+def test_classical_momentum_with_a_tensor_lr_in_torchs_code() -> None:
+    results = []
+    for backend in ("cpu", "torch"):
+        param = torch.nn.Parameter(torch.tensor(1.0))
+        options = {"lr": torch.tensor([0.1]), "momentum": 0.9, "classical_momentum": True}
+        optimizer = optim.SGD([param], **options, backend=backend)
+        param.grad = torch.tensor(1.0)
+        optimizer.step()
+        results.append(param)
+    assert_same_params(results[:1], results[1:])
+
+
+def test_the_modules_beside_the_classes_are_torchs() -> None:
+    assert optim.lr_scheduler is torch.optim.lr_scheduler
+    assert optim.swa_utils is torch.optim.swa_utils
+    assert optim.Optimizer is torch.optim.Optimizer
 
 
 def test_version_counters_are_bumped() -> None:

@@ -28,7 +28,7 @@ void make_collectable(PyHeapTypeObject* heap_type) {
   };
   type->tp_clear = [](PyObject* self) {
     if (py::detail::is_holder_constructed(self)) {
-      py::cast<OptimizerPlan&>(py::handle(self)).references = py::list();
+      py::cast<OptimizerPlan&>(py::handle(self)).clear();
     }
     return 0;
   };

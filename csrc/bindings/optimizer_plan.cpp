@@ -12,7 +12,7 @@ namespace py = pybind11;
 
 namespace fastopt {
 
-using torch_access::DLTensor;
+using torch_access::Description;
 
 namespace {
 
@@ -25,11 +25,6 @@ int64_t element_size(DType dtype) {
     default:
       return 2;
   }
-}
-
-bool same(const std::vector<int64_t>& expected, const int64_t* values, int count) {
-  return static_cast<int>(expected.size()) == count &&
-         std::equal(expected.begin(), expected.end(), values);
 }
 
 int find_rule(const OptimizerKernels& kernels, py::handle name) {
@@ -74,7 +69,7 @@ bool Layout::may_overlap_itself() const {
   return false;
 }
 
-Layout layout_of(const DLTensor& tensor) {
+Layout layout_of(const Description& tensor) {
   Layout layout;
   const int bits = tensor.dtype.bits;
   const bool is_complex = tensor.dtype.code == torch_access::kDLComplex;
@@ -91,8 +86,8 @@ Layout layout_of(const DLTensor& tensor) {
   } else {
     throw std::invalid_argument("no kernel takes this dtype");
   }
-  layout.sizes.assign(tensor.shape, tensor.shape + tensor.ndim);
-  layout.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+  layout.sizes.assign(tensor.sizes, tensor.sizes + tensor.dims);
+  layout.strides.assign(tensor.strides, tensor.strides + tensor.dims);
   if (is_complex) {
     for (int64_t& stride : layout.strides) stride *= 2;
     layout.sizes.push_back(2);
@@ -113,14 +108,31 @@ OptimizerPlan::OptimizerPlan(py::dict state, py::list groups) {
     references.append(value);
     if (PyDict_Check(value.ptr())) {
       for (auto [name, item] : py::reinterpret_borrow<py::dict>(value)) {
+        references.append(name);
         references.append(item);
-        entry.items.push_back(item.ptr());
+        entry.items.emplace_back(name.ptr(), item.ptr());
       }
     }
     state_entries_.push_back(std::move(entry));
   }
   mark_shared_memory();
 }
+
+namespace {
+
+Description described(py::handle tensor) {
+  Description description;
+  if (!torch_access::describe(tensor.ptr(), description) ||
+      description.device_type != torch_access::kDLCPU) {
+    throw std::invalid_argument("a tensor has no memory that CPU kernels can reach");
+  }
+  return description;
+}
+
+}  // namespace
+
+OptimizerPlan::StateTensor::StateTensor(py::handle tensor)
+    : handle(tensor), fingerprint(handle.describe()), layout(layout_of(described(tensor))) {}
 
 void OptimizerPlan::add_entry(py::handle record, int group) {
   auto [param, service, slots, step, is_new] =
@@ -132,38 +144,25 @@ void OptimizerPlan::add_entry(py::handle record, int group) {
   entry.service = static_cast<Service>(service);
   if (entry.service != Service::kServed) return;
   entry.is_new = is_new;
-  const auto described = [](py::handle tensor) {
-    DLTensor description;
-    if (!torch_access::describe(tensor.ptr(), description) ||
-        description.device_type != torch_access::kDLCPU) {
-      throw std::invalid_argument("a tensor has no memory that CPU kernels can reach");
-    }
-    return description;
-  };
-  const DLTensor tensor = described(param);
-  entry.data = tensor.address();
-  entry.raw_dtype = tensor.dtype;
-  entry.raw_sizes.assign(tensor.shape, tensor.shape + tensor.ndim);
-  entry.raw_strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+  const Description tensor = described(param);
+  entry.fingerprint = torch_access::Fingerprint(tensor);
   entry.layout = layout_of(tensor);
   if (static_cast<int>(entry.layout.sizes.size()) > kMaxDims) {
     throw std::invalid_argument("a parameter has too many dimensions");
   }
   for (py::handle slot : slots) {
     references.append(slot);
-    const DLTensor slot_tensor = described(slot);
-    entry.slots.push_back(
-        {torch_access::TensorHandle(slot), slot_tensor.address(), layout_of(slot_tensor)});
-    const Layout& layout = entry.slots.back().layout;
+    const Layout& layout = entry.slots.emplace_back(slot).layout;
     if (layout.dtype != entry.layout.dtype || layout.sizes != entry.layout.sizes) {
       throw std::invalid_argument("a state tensor differs from its parameter in shape or dtype");
     }
   }
-  entry.has_step = !step.is_none();
-  if (entry.has_step) {
-    references.append(step);
-    entry.step_dtype = layout_of(described(step)).dtype;
-    entry.step = torch_access::TensorHandle(step);
+  if (step.is_none()) return;
+  references.append(step);
+  const Layout& counter = entry.step.emplace(step).layout;
+  if (counter.numel() != 1 ||
+      (counter.dtype != DType::kFloat32 && counter.dtype != DType::kFloat64)) {
+    throw std::invalid_argument("a step counter is not one float");
   }
 }
 
@@ -183,8 +182,8 @@ void OptimizerPlan::mark_shared_memory() {
   };
   for (Entry& entry : entries_) {
     if (entry.service != Service::kServed) continue;
-    add(entry, entry.data, entry.layout);
-    for (Slot& slot : entry.slots) add(entry, slot.data, slot.layout);
+    add(entry, entry.fingerprint.data(), entry.layout);
+    for (StateTensor& slot : entry.slots) add(entry, slot.fingerprint.data(), slot.layout);
   }
   std::sort(intervals.begin(), intervals.end(),
             [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
@@ -203,10 +202,10 @@ bool OptimizerPlan::same_groups(py::list param_groups) const {
   for (size_t g = 0; g < group_sizes_.size(); ++g) {
     PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
     PyObject* params = PyDict_Check(group) ? PyDict_GetItem(group, params_key()) : nullptr;
-    if (!params || !PyList_Check(params) || PyList_GET_SIZE(params) != group_sizes_[g])
-      return false;
+    if (!params || !(PyList_Check(params) || PyTuple_Check(params))) return false;
+    if (PySequence_Fast_GET_SIZE(params) != group_sizes_[g]) return false;
     for (Py_ssize_t i = 0; i < group_sizes_[g]; ++i, ++entry) {
-      if (PyList_GET_ITEM(params, i) != entry->param.ptr()) return false;
+      if (PySequence_Fast_GET_ITEM(params, i) != entry->param.ptr()) return false;
     }
   }
   return true;
@@ -222,8 +221,9 @@ bool OptimizerPlan::same_state(py::dict state) const {
     if (!PyDict_Check(value)) continue;
     if (PyDict_GET_SIZE(value) != static_cast<Py_ssize_t>(entry.items.size())) return false;
     Py_ssize_t inner = 0;
-    for (PyObject* expected : entry.items) {
-      if (!PyDict_Next(value, &inner, &key, &item) || item != expected) return false;
+    for (const auto& [expected_key, expected_item] : entry.items) {
+      if (!PyDict_Next(value, &inner, &key, &item)) return false;
+      if (key != expected_key || item != expected_item) return false;
     }
   }
   return true;
@@ -237,12 +237,13 @@ bool OptimizerPlan::same_state_memory() const {
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (i + kEntriesAhead < entries_.size()) {
       const Entry& ahead = entries_[i + kEntriesAhead];
-      for (const Slot& slot : ahead.slots) slot.handle.prefetch();
-      if (ahead.has_step) ahead.step.prefetch();
+      for (const StateTensor& slot : ahead.slots) slot.handle.prefetch();
+      if (ahead.step) ahead.step->handle.prefetch();
     }
-    for (const Slot& slot : entries_[i].slots) {
-      if (slot.handle.address() != slot.data) return false;
+    for (const StateTensor& slot : entries_[i].slots) {
+      if (!slot.unchanged()) return false;
     }
+    if (entries_[i].step && !entries_[i].step->unchanged()) return false;
   }
   return true;
 }
@@ -259,45 +260,44 @@ void OptimizerPlan::prefetch_descriptions(size_t index) const {
 }
 
 bool OptimizerPlan::same_memory(Entry& entry) const {
-  DLTensor tensor;
+  Description tensor;
   if (!torch_access::describe(entry.param.ptr(), tensor)) return false;
-  entry.traces.param = tensor.shape;
-  return tensor.address() == entry.data && !(tensor.dtype != entry.raw_dtype) &&
-         same(entry.raw_sizes, tensor.shape, tensor.ndim) &&
-         same(entry.raw_strides, tensor.strides, tensor.ndim);
+  entry.traces.param = tensor.sizes;
+  return entry.fingerprint.matches(tensor);
 }
 
 // Returns why the kernels do not take the gradient, in words, or nullptr.
 const char* OptimizerPlan::refuse_gradient(Entry& entry, bool unscaling) const {
   Gradient& grad = entry.grad;
-  DLTensor tensor;
+  Description tensor;
   if (!torch_access::has_plain_type(grad.tensor.ptr())) {
     return "the gradient is a subclass of torch.Tensor";
   }
   if (!torch_access::describe(grad.tensor.ptr(), tensor)) {
     return "the gradient is not a strided tensor with memory of its own";
   }
-  if (tensor.device_type != torch_access::kDLCPU || tensor.dtype != entry.raw_dtype ||
-      !same(entry.raw_sizes, tensor.shape, tensor.ndim)) {
+  if (tensor.device_type != torch_access::kDLCPU || tensor.dtype != entry.fingerprint.dtype() ||
+      !entry.fingerprint.has_sizes_of(tensor)) {
     return "the gradient differs from the parameter in device, dtype or shape";
   }
   if (torch_access::is_lazily_changed(grad.tensor.ptr(), tensor)) {
     return "the gradient is a lazily conjugated or negated view";
   }
-  if (!grad.data || !same(grad.strides, tensor.strides, tensor.ndim)) {
+  if (!grad.data || !std::equal(grad.strides.begin(), grad.strides.end(), tensor.strides)) {
     const Layout layout = layout_of(tensor);
-    grad.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+    grad.strides.assign(tensor.strides, tensor.strides + tensor.dims);
+    grad.lies_as_param = layout.strides == entry.layout.strides;
     grad.extent = layout.extent();
     grad.may_overlap_itself = layout.may_overlap_itself();
     plan_walk(entry, layout);
   }
-  grad.data = tensor.address();
+  grad.data = tensor.data;
   entry.traces.grad_object = grad.tensor.ptr();
-  entry.traces.grad = tensor.shape;
+  entry.traces.grad = tensor.sizes;
   if (unscaling && grad.may_overlap_itself) return "elements of the gradient share memory";
-  const char* param = static_cast<const char*>(entry.data);
+  const char* param = static_cast<const char*>(entry.fingerprint.data());
   const char* data = static_cast<const char*>(grad.data);
-  const bool is_param = data == param && grad.strides == entry.raw_strides;
+  const bool is_param = data == param && grad.lies_as_param;
   if (!is_param && data < param + entry.layout.extent() && param < data + grad.extent) {
     return "the gradient shares memory with the parameter";
   }
@@ -308,7 +308,7 @@ const char* OptimizerPlan::refuse_gradient(Entry& entry, bool unscaling) const {
 // through without a gap. One dimension of stride 1 needs no walk.
 void OptimizerPlan::plan_walk(Entry& entry, const Layout& grad) const {
   std::vector<const Layout*> operands = {&entry.layout, &grad};
-  for (const Slot& slot : entry.slots) operands.push_back(&slot.layout);
+  for (const StateTensor& slot : entry.slots) operands.push_back(&slot.layout);
   const std::vector<int64_t>& sizes = entry.layout.sizes;
   std::vector<size_t> order;
   for (size_t d = 0; d < sizes.size(); ++d) {
@@ -336,7 +336,7 @@ void OptimizerPlan::plan_walk(Entry& entry, const Layout& grad) const {
 }
 
 py::object OptimizerPlan::collect(py::list param_groups, py::dict state, bool unscaling) {
-  refuse_if_busy();
+  refuse_other_threads();
   release();
   if (!same_groups(param_groups) || !same_state(state) || !same_state_memory()) return py::none();
   py::list refused;
@@ -359,17 +359,30 @@ py::object OptimizerPlan::collect(py::list param_groups, py::dict state, bool un
       refused.append(py::make_tuple(entry.group, index, reason));
     }
   }
+  collected_ = true;
+  thread_ = PyThread_get_thread_ident();
   return refused;
 }
 
-// The lock of Python is free while the kernels run.
-void OptimizerPlan::refuse_if_busy() const {
-  if (busy_) throw std::runtime_error("this optimizer is already stepping in another thread");
+// Another thread may come between collect() and run(), and while the kernels run.
+void OptimizerPlan::refuse_other_threads() const {
+  if (running_ || (collected_ && thread_ != PyThread_get_thread_ident())) {
+    throw std::runtime_error("this optimizer is already stepping in another thread");
+  }
 }
 
 void OptimizerPlan::release() {
-  if (busy_) return;
+  if (running_) return;
+  collected_ = false;
   for (Entry& entry : entries_) entry.grad.tensor = py::object();
+}
+
+void OptimizerPlan::clear() {
+  release();
+  entries_.clear();
+  state_entries_.clear();
+  group_sizes_.clear();
+  references = py::list();
 }
 
 std::vector<OptimizerPlan::GroupRule> OptimizerPlan::parse_rules(py::tuple rules) const {
@@ -397,10 +410,10 @@ std::vector<OptimizerPlan::GroupRule> OptimizerPlan::parse_rules(py::tuple rules
 
 // torch counts in a tensor of one float; a rule without one only asks whether there was a step.
 double OptimizerPlan::advance_step(const Entry& entry) const {
-  if (!entry.has_step) return entry.is_new ? 1 : 2;
-  void* address = entry.step.address();
-  if (entry.step_dtype == DType::kFloat64) return *static_cast<double*>(address) += 1;
-  return *static_cast<float*>(address) += 1;
+  if (!entry.step) return entry.is_new ? 1 : 2;
+  void* counter = entry.step->fingerprint.data();
+  if (entry.step->layout.dtype == DType::kFloat64) return *static_cast<double*>(counter) += 1;
+  return *static_cast<float*>(counter) += 1;
 }
 
 StepTask OptimizerPlan::make_task(Entry& entry, GroupRule& rule, double unscale) {
@@ -418,9 +431,10 @@ StepTask OptimizerPlan::make_task(Entry& entry, GroupRule& rule, double unscale)
     rule.bound_step[wide] = step;
   }
   StepTask task{};
-  task.operands[0] = entry.data;
+  task.operands[0] = entry.fingerprint.data();
   task.operands[1] = entry.grad.data;
-  for (size_t k = 0; k < entry.slots.size(); ++k) task.operands[2 + k] = entry.slots[k].data;
+  for (size_t k = 0; k < entry.slots.size(); ++k)
+    task.operands[2 + k] = entry.slots[k].fingerprint.data();
   task.walk = entry.walk.get();
   task.numel = entry.layout.numel();
   task.dtype = entry.layout.dtype;
@@ -429,7 +443,7 @@ StepTask OptimizerPlan::make_task(Entry& entry, GroupRule& rule, double unscale)
 }
 
 py::list OptimizerPlan::run(py::tuple rules, double unscale, int threads) {
-  refuse_if_busy();
+  refuse_other_threads();
   const OptimizerKernels& kernels = *chosen_instruction_set().optimizer;
   std::vector<GroupRule> group_rules = parse_rules(rules);
   for (const Entry& entry : entries_) {
@@ -457,7 +471,7 @@ py::list OptimizerPlan::run(py::tuple rules, double unscale, int threads) {
     written.append(entry.param);
     if (unscale != 1) written.append(entry.grad.tensor);
   }
-  busy_ = true;
+  running_ = true;
   {
     py::gil_scoped_release unlocked;
     const auto step = [&](const StepTask* tasks, size_t count, int64_t tile_count) {
@@ -467,7 +481,7 @@ py::list OptimizerPlan::run(py::tuple rules, double unscale, int threads) {
     step(together.data(), together.size(), tiles);
     for (const StepTask& task : alone) step(&task, 1, (task.numel + kTile - 1) / kTile);
   }
-  busy_ = false;
+  running_ = false;
   release();
   return written;
 }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "bindings/torch_access.h"
@@ -24,7 +26,7 @@ struct Layout {
 };
 
 // Throws std::invalid_argument for a dtype that no kernel takes.
-Layout layout_of(const torch_access::DLTensor& tensor);
+Layout layout_of(const torch_access::Description& tensor);
 
 enum class Service {
   kElsewhere,     // another backend steps the parameter
@@ -51,21 +53,29 @@ class OptimizerPlan {
   // `rules` has for each group (rule's name, weight decay kind, decay, maximize, hyperparameters).
   pybind11::list run(pybind11::tuple rules, double unscale, int threads);
 
+  // Drops what collect() fetched.
   void release();
+
+  // Forgets everything: for the garbage collector.
+  void clear();
 
   // For Python's garbage collector: everything that the plan refers to.
   pybind11::list references;
 
  private:
-  struct Slot {
+  struct StateTensor {
+    explicit StateTensor(pybind11::handle tensor);
+    bool unchanged() const { return fingerprint.matches(handle.describe()); }
+
     torch_access::TensorHandle handle;
-    void* data;
+    torch_access::Fingerprint fingerprint;
     Layout layout;
   };
   struct Gradient {
     pybind11::object tensor;  // empty between steps
     void* data = nullptr;
     std::vector<int64_t> strides;  // as torch has them
+    bool lies_as_param = false;
     int64_t extent = 0;
     bool may_overlap_itself = false;
   };
@@ -82,20 +92,16 @@ class OptimizerPlan {
     Service service = Service::kElsewhere;
     bool is_new = false;      // its first step: there was no state before
     bool runs_alone = false;  // shares memory with another
-    bool has_step = false;
-    void* data = nullptr;
-    torch_access::DLDataType raw_dtype{};
-    std::vector<int64_t> raw_sizes, raw_strides;  // as torch has them
+    torch_access::Fingerprint fingerprint;
     Layout layout;
-    std::vector<Slot> slots;
-    torch_access::TensorHandle step;
-    DType step_dtype = DType::kFloat32;
+    std::vector<StateTensor> slots;
+    std::optional<StateTensor> step;
     Gradient grad;
     std::unique_ptr<Walk> walk;  // of parameter, gradient and slots; none: all lie alike
   };
   struct StateEntry {
     pybind11::handle key, value;
-    std::vector<PyObject*> items;  // the values of the inner dict, in its order
+    std::vector<std::pair<PyObject*, PyObject*>> items;  // of the inner dict, in its order
   };
   struct GroupRule {
     int rule;
@@ -107,7 +113,7 @@ class OptimizerPlan {
     double bound_step[2] = {0, 0};
   };
 
-  void refuse_if_busy() const;
+  void refuse_other_threads() const;
   void add_entry(pybind11::handle record, int group);
   void mark_shared_memory();
   bool same_groups(pybind11::list param_groups) const;
@@ -124,7 +130,9 @@ class OptimizerPlan {
   std::vector<Entry> entries_;
   std::vector<int> group_sizes_;
   std::vector<StateEntry> state_entries_;
-  bool busy_ = false;
+  bool collected_ = false;    // collect() succeeded, and run() or release() is still to come
+  bool running_ = false;      // the kernels run
+  unsigned long thread_ = 0;  // that collects and runs
   std::vector<BoundRule> bound_rules_;
 };
 

@@ -2,7 +2,9 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <string>
+#include <type_traits>
 
 namespace py = pybind11;
 
@@ -10,6 +12,17 @@ namespace fastopt::torch_access {
 
 namespace {
 
+// As in dlpack.h, version 1.3.
+struct DLTensor {
+  void* data;
+  int32_t device_type;
+  int32_t device_id;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
 struct DLPackExchangeAPI {
   uint32_t major_version, minor_version;
   DLPackExchangeAPI* previous;
@@ -24,6 +37,10 @@ struct DLPackExchangeAPI {
 struct Torch {
   const DLPackExchangeAPI* dlpack = nullptr;
   int32_t (*get_data_ptr)(void* handle, void** address) = nullptr;
+  int32_t (*get_dtype)(void* handle, int32_t* dtype) = nullptr;
+  int32_t (*get_dim)(void* handle, int64_t* dims) = nullptr;
+  int32_t (*get_sizes)(void* handle, int64_t** sizes) = nullptr;
+  int32_t (*get_strides)(void* handle, int64_t** strides) = nullptr;
   int32_t (*delete_handle)(void* handle) = nullptr;
   PyObject* new_handle = nullptr;
   PyObject* tensor_type = nullptr;
@@ -57,16 +74,22 @@ std::string initialise(py::module_ torch) {
     return "this torch has another version of the DLPack exchange API";
   }
   void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-  if (library) {
-    torch_.get_data_ptr =
-        reinterpret_cast<decltype(torch_.get_data_ptr)>(dlsym(library, "aoti_torch_get_data_ptr"));
-    torch_.delete_handle = reinterpret_cast<decltype(torch_.delete_handle)>(
-        dlsym(library, "aoti_torch_delete_tensor_object"));
-    dlclose(library);
-  }
+  bool complete = library != nullptr;
+  const auto find = [&](auto& function, const char* name) {
+    void* symbol = library ? dlsym(library, name) : nullptr;
+    function = reinterpret_cast<std::decay_t<decltype(function)>>(symbol);
+    complete = complete && symbol;
+  };
+  find(torch_.get_data_ptr, "aoti_torch_get_data_ptr");
+  find(torch_.get_dtype, "aoti_torch_get_dtype");
+  find(torch_.get_dim, "aoti_torch_get_dim");
+  find(torch_.get_sizes, "aoti_torch_get_sizes");
+  find(torch_.get_strides, "aoti_torch_get_strides");
+  find(torch_.delete_handle, "aoti_torch_delete_tensor_object");
+  if (library) dlclose(library);
   py::object aoti = py::getattr(torch.attr("_C"), "_aoti", py::none());
   const char* new_handle = "unsafe_alloc_void_ptr_from_tensor";
-  if (!torch_.get_data_ptr || !torch_.delete_handle || !py::hasattr(aoti, new_handle)) {
+  if (!complete || !py::hasattr(aoti, new_handle)) {
     return "this torch has no stable C ABI (aoti_torch_get_data_ptr)";
   }
   const auto kept = [](py::object object) { return object.release().ptr(); };
@@ -79,17 +102,40 @@ std::string initialise(py::module_ torch) {
   return "";
 }
 
-bool describe(PyObject* object, DLTensor& tensor) {
-  if (torch_.dlpack->dltensor_from_py_object(object, &tensor) != 0) {
+bool describe(PyObject* object, Description& tensor) {
+  DLTensor source;
+  if (torch_.dlpack->dltensor_from_py_object(object, &source) != 0) {
     PyErr_Clear();
     return false;
   }
-  if (tensor.data) return true;
+  tensor = {static_cast<char*>(source.data) + source.byte_offset,
+            source.dtype,
+            source.device_type,
+            source.ndim,
+            source.shape,
+            source.strides};
+  if (source.data) return true;
   // Zero tensors and functorch's wrappers have no memory; only an empty tensor may have none.
-  for (int d = 0; d < tensor.ndim; ++d) {
-    if (tensor.shape[d] == 0) return true;
+  for (int d = 0; d < source.ndim; ++d) {
+    if (source.shape[d] == 0) return true;
   }
   return false;
+}
+
+Fingerprint::Fingerprint(const Description& tensor)
+    : data_(tensor.data),
+      dtype_(tensor.dtype),
+      sizes_(tensor.sizes, tensor.sizes + tensor.dims),
+      strides_(tensor.strides, tensor.strides + tensor.dims) {}
+
+bool Fingerprint::has_sizes_of(const Description& tensor) const {
+  return static_cast<int>(sizes_.size()) == tensor.dims &&
+         std::equal(sizes_.begin(), sizes_.end(), tensor.sizes);
+}
+
+bool Fingerprint::matches(const Description& tensor) const {
+  return tensor.data == data_ && !(tensor.dtype != dtype_) && has_sizes_of(tensor) &&
+         std::equal(strides_.begin(), strides_.end(), tensor.strides);
 }
 
 bool has_plain_type(PyObject* object) {
@@ -97,7 +143,7 @@ bool has_plain_type(PyObject* object) {
   return type == torch_.tensor_type || type == torch_.parameter_type;
 }
 
-bool is_lazily_changed(PyObject* tensor, const DLTensor& description) {
+bool is_lazily_changed(PyObject* tensor, const Description& description) {
   return is_true(torch_.is_neg, tensor) ||
          (description.dtype.code == kDLComplex && is_true(torch_.is_conj, tensor));
 }
@@ -120,9 +166,22 @@ TensorHandle::~TensorHandle() {
   if (handle_) torch_.delete_handle(handle_);
 }
 
-void* TensorHandle::address() const {
-  void* address = nullptr;
-  return torch_.get_data_ptr(handle_, &address) == 0 ? address : nullptr;
+Description TensorHandle::describe() const {
+  Description tensor{};
+  int32_t dtype = 0;
+  int64_t dims = 0;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  if (torch_.get_data_ptr(handle_, &tensor.data) || torch_.get_dtype(handle_, &dtype) ||
+      torch_.get_dim(handle_, &dims) || torch_.get_sizes(handle_, &sizes) ||
+      torch_.get_strides(handle_, &strides)) {
+    return {};
+  }
+  tensor.dtype.code = static_cast<uint8_t>(dtype);
+  tensor.device_type = kDLCPU;
+  tensor.dims = static_cast<int32_t>(dims);
+  tensor.sizes = sizes;
+  tensor.strides = strides;
+  return tensor;
 }
 
 }  // namespace fastopt::torch_access

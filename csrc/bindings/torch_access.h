@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 // torch's memory, reached without torch's headers: addresses, shapes and strides through the DLPack
 // exchange API that torch.Tensor carries, and addresses alone, ten times cheaper, through the C ABI
@@ -21,38 +22,52 @@ struct DLDataType {
     return code != other.code || bits != other.bits || lanes != other.lanes;
   }
 };
-struct DLTensor {
-  void* data;
-  int32_t device_type;
-  int32_t device_id;
-  int32_t ndim;
-  DLDataType dtype;
-  int64_t* shape;
-  int64_t* strides;  // in elements
-  uint64_t byte_offset;
-
-  void* address() const { return static_cast<char*>(data) + byte_offset; }
-};
 constexpr int32_t kDLCPU = 1;
 constexpr uint8_t kDLFloat = 2;
 constexpr uint8_t kDLBfloat = 4;
 constexpr uint8_t kDLComplex = 5;
 
+// What a tensor is made of, as either interface tells it; the pointers are torch's own.
+struct Description {
+  void* data;
+  DLDataType dtype;  // through a handle: torch's own code for it, which only a handle gives
+  int32_t device_type;
+  int32_t dims;
+  const int64_t* sizes;
+  const int64_t* strides;  // in elements
+};
+
+// A description kept, to be compared with a later one of the same interface.
+class Fingerprint {
+ public:
+  Fingerprint() = default;
+  explicit Fingerprint(const Description& tensor);
+  bool matches(const Description& tensor) const;
+  bool has_sizes_of(const Description& tensor) const;
+  void* data() const { return data_; }
+  DLDataType dtype() const { return dtype_; }
+
+ private:
+  void* data_ = nullptr;
+  DLDataType dtype_{};
+  std::vector<int64_t> sizes_, strides_;
+};
+
 // Looks both interfaces up in the torch given. Returns what is missing, in words, or "".
 std::string initialise(pybind11::module_ torch);
 
 // False where torch cannot describe the object so: no tensor, not strided, or without memory.
-bool describe(PyObject* object, DLTensor& tensor);
+bool describe(PyObject* object, Description& tensor);
 
 // True for torch.Tensor and torch.nn.Parameter themselves, not for their subclasses.
 bool has_plain_type(PyObject* object);
 
 // A view whose elements are the negated or conjugated ones of its memory; DLPack does not tell.
-bool is_lazily_changed(PyObject* tensor, const DLTensor& description);
+bool is_lazily_changed(PyObject* tensor, const Description& description);
 
 PyObject* gradient_of(PyObject* tensor);  // a new reference
 
-// A tensor's address at any time. Holds a reference to the tensor.
+// A tensor's description at any time, through the C ABI. Holds a reference to the tensor.
 class TensorHandle {
  public:
   TensorHandle() = default;
@@ -63,8 +78,8 @@ class TensorHandle {
     std::swap(handle_, other.handle_);
     return *this;
   }
-  void* address() const;
-  // Brings in what address() is going to read.
+  Description describe() const;
+  // Brings in what describe() is going to read.
   void prefetch() const { __builtin_prefetch(*static_cast<void* const*>(handle_)); }
 
  private:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 ParamGroup = dict[str, Any]
 
+# State made for a step that is still to come: parameter and keys, by the parameter's id.
+Created = dict[int, tuple[Tensor, list[str]]]
+
 
 class WeightDecay(enum.IntEnum):
     """How a parameter is pulled towards zero; the numbers are those of core/update_rules.h."""
@@ -40,7 +43,7 @@ class ParameterRequest:
         param: The parameter.
         grad: Its gradient, or None where the answer should hold for any ordinary one.
         slots: The state tensors that exist, in the order of the rule's slots.
-        step: The tensor that counts its steps, where the rule keeps one.
+        step: What counts its steps, where the rule keeps it.
         rule: The update rule's name.
         group: The parameter group, for its flags.
     """
@@ -48,7 +51,7 @@ class ParameterRequest:
     param: Tensor
     grad: Tensor | None
     slots: tuple[Tensor, ...]
-    step: Tensor | None
+    step: Any
     rule: str
     group: ParamGroup
 
@@ -115,6 +118,12 @@ class Backend(Protocol):
         """None where the backend takes the request, otherwise the reason in words."""
 
     def plan_optimizer_step(
-        self, optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]
+        self,
+        optimizer: SteppedOptimizer,
+        served: Sequence[Sequence[bool]],
+        created: Created,
     ) -> OptimizerPlan:
-        """Makes a plan for the parameters marked, by group and index."""
+        """Makes a plan for the parameters marked, by group and index.
+
+        ``created`` has, by id, the parameters whose state was made for this step.
+        """

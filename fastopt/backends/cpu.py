@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastopt import _native_cpu
-from fastopt.backends.contract import ParameterRequest, Refusal, SteppedOptimizer, UpdateRule
+from fastopt.backends.contract import (
+    Created,
+    ParameterRequest,
+    Refusal,
+    SteppedOptimizer,
+    UpdateRule,
+)
 from fastopt.backends.planning import planned_parameters
 
 DTYPES = (
@@ -20,6 +27,9 @@ DTYPES = (
     torch.complex64,
     torch.complex128,
 )
+
+# Of tensors as the kernels see them, where a complex one has a dimension more.
+MAX_DIMS = 64
 
 # "" where this torch has the interfaces that the kernels read tensors through.
 MISSING_IN_TORCH = _native_cpu.initialise(torch)
@@ -36,8 +46,6 @@ class CpuBackend:
             return MISSING_IN_TORCH
         if request.rule not in _native_cpu.update_rules:
             return f"no kernel has the update rule {request.rule!r}"
-        if torch.compiler.is_compiling():
-            return "torch.compile is tracing the step"
         if request.group.get("differentiable"):
             return "differentiable=True has autograd record the step"
         if request.group.get("capturable"):
@@ -61,23 +69,28 @@ class CpuBackend:
         return reason
 
     def plan_optimizer_step(
-        self, optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]
+        self,
+        optimizer: SteppedOptimizer,
+        served: Sequence[Sequence[bool]],
+        created: Created,
     ) -> CpuPlan:
         """Reads addresses and layouts once for many steps."""
-        return CpuPlan(optimizer, served)
+        planned = planned_parameters(optimizer, served, created)
+        return CpuPlan(_native_cpu.OptimizerPlan(optimizer.state, planned))
 
 
 class CpuPlan:
     """A plan of the native module."""
 
-    def __init__(self, optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]) -> None:
-        planned = planned_parameters(optimizer, served)
-        self._native = _native_cpu.OptimizerPlan(optimizer.state, planned)
+    def __init__(self, native: _native_cpu.OptimizerPlan) -> None:
+        self._native = native
 
     def collect(self, optimizer: SteppedOptimizer, unscaling: bool) -> Sequence[Refusal] | None:
         """Compares all that the plan knows with the optimizer and fetches the gradients."""
         refused = self._native.collect(optimizer.param_groups, optimizer.state, unscaling)
-        return None if refused is None else [Refusal(*refusal) for refusal in refused]
+        if refused is None:
+            return None
+        return [_refusal(optimizer, *refusal) for refusal in refused]
 
     def run(
         self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
@@ -88,6 +101,14 @@ class CpuPlan:
     def release(self) -> None:
         """Drops the gradients."""
         self._native.release()
+
+
+def _refusal(optimizer: SteppedOptimizer, group: int, place: int, native_reason: str) -> Refusal:
+    """In the words of ``supports`` where it has some."""
+    param = optimizer.param_groups[group]["params"][place]
+    assert param.grad is not None
+    reason = _not_plain("the gradient", param.grad) or _unlike("the gradient", param.grad, param)
+    return Refusal(group, place, reason or native_reason)
 
 
 def _not_plain(what: str, tensor: Tensor) -> str | None:
@@ -104,8 +125,10 @@ def _not_plain(what: str, tensor: Tensor) -> str | None:
         return f"{what} has dtype {tensor.dtype}"
     if tensor.is_conj() or tensor.is_neg():
         return f"{what} is a lazily conjugated or negated view"
-    if tensor._is_zerotensor():
-        return f"{what} is a zero tensor without memory"
+    if tensor._is_zerotensor() or (tensor.numel() and tensor.data_ptr() == 0):
+        return f"{what} has no memory"
+    if tensor.dim() + tensor.is_complex() > MAX_DIMS:
+        return f"{what} has {tensor.dim()} dimensions"
     return None
 
 
@@ -121,7 +144,9 @@ def _may_overlap_itself(tensor: Tensor) -> bool:
     return _native_cpu.may_overlap_itself(list(tensor.shape), list(tensor.stride()))
 
 
-def _not_a_counter(step: Tensor) -> str | None:
+def _not_a_counter(step: Any) -> str | None:
+    if not isinstance(step, Tensor):
+        return f"the step counter is the {type(step).__name__} {step!r}"
     if step.dtype not in (torch.float32, torch.float64) or step.numel() != 1:
         return f"the step counter has dtype {step.dtype} and shape {tuple(step.shape)}"
     return _not_plain("the step counter", step)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt.backends.contract import ParamGroup, SteppedOptimizer
+from fastopt.backends.contract import Created, ParamGroup, SteppedOptimizer
 
 
 class Service(enum.IntEnum):
@@ -30,12 +30,45 @@ class PlannedParameter(NamedTuple):
     is_new: bool = False
 
 
+def make_missing_state(optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]) -> Created:
+    """Makes zeros for the state that the marked parameters with gradients lack.
+
+    Returns:
+        What was made: parameters and keys, by the parameter's id, for ``undo_state``.
+    """
+    created: Created = {}
+    for group, marks in zip(optimizer.param_groups, served, strict=True):
+        for param, mine in members(group, marks):
+            if not mine or param.grad is None:
+                continue
+            for key in missing_keys(optimizer, group, param):
+                zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
+                optimizer.state[param][key] = zeros
+                created.setdefault(id(param), (param, []))[1].append(key)
+    return created
+
+
+def undo_state(optimizer: SteppedOptimizer, param: Tensor, keys: Sequence[str]) -> None:
+    """Removes what ``make_missing_state`` made, for a step that did not take place."""
+    state = optimizer.state.get(param, {})
+    for key in keys:
+        state.pop(key, None)
+    if not state:
+        optimizer.state.pop(param, None)
+
+
+def missing_keys(optimizer: SteppedOptimizer, group: ParamGroup, param: Tensor) -> list[str]:
+    """The state tensors that the group's rule needs and the parameter has not got."""
+    state = optimizer.state.get(param, {})
+    return [key for key in optimizer._state_keys(group) if state.get(key) is None]
+
+
 def planned_parameters(
-    optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]
+    optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]], created: Created
 ) -> list[list[PlannedParameter]]:
-    """Looks up, and makes where it is missing, the state of the parameters marked."""
+    """Looks up the state of the parameters marked."""
     return [
-        [_planned(optimizer, group, param, mine) for param, mine in members(group, marks)]
+        [_planned(optimizer, group, param, mine, created) for param, mine in members(group, marks)]
         for group, marks in zip(optimizer.param_groups, served, strict=True)
     ]
 
@@ -46,17 +79,12 @@ def members(group: ParamGroup, marks: Sequence[bool]) -> Iterator[tuple[Tensor, 
 
 
 def _planned(
-    optimizer: SteppedOptimizer, group: ParamGroup, param: Tensor, served: bool
+    optimizer: SteppedOptimizer, group: ParamGroup, param: Tensor, served: bool, created: Created
 ) -> PlannedParameter:
     if not served:
         return PlannedParameter(param, Service.ELSEWHERE)
-    keys = optimizer._state_keys(group)
-    state = optimizer.state.get(param, {})
-    missing = [key for key in keys if state.get(key) is None]
-    if missing and param.grad is None:
+    if missing_keys(optimizer, group, param):
         return PlannedParameter(param, Service.WITHOUT_STATE)
-    for key in missing:
-        state = optimizer.state[param]
-        state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    slots = tuple([state[key] for key in keys])
-    return PlannedParameter(param, Service.SERVED, slots, state.get("step"), bool(missing))
+    state = optimizer.state.get(param, {})
+    slots = tuple([state[key] for key in optimizer._state_keys(group)])
+    return PlannedParameter(param, Service.SERVED, slots, state.get("step"), id(param) in created)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastopt.backends.contract import (
+    Created,
     ParameterRequest,
     Refusal,
     SteppedOptimizer,
@@ -129,17 +130,20 @@ class ReferenceBackend:
         return None
 
     def plan_optimizer_step(
-        self, optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]
+        self,
+        optimizer: SteppedOptimizer,
+        served: Sequence[Sequence[bool]],
+        created: Created,
     ) -> ReferencePlan:
-        """Makes missing state."""
-        return ReferencePlan(optimizer, served)
+        """Looks everything up."""
+        return ReferencePlan(planned_parameters(optimizer, served, created))
 
 
 class ReferencePlan:
     """Steps one parameter after the other, once: it is made anew for each step."""
 
-    def __init__(self, optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]) -> None:
-        self._groups = planned_parameters(optimizer, served)
+    def __init__(self, groups: Sequence[Sequence[PlannedParameter]]) -> None:
+        self._groups = groups
         self._used = False
 
     def collect(self, optimizer: SteppedOptimizer, unscaling: bool) -> Sequence[Refusal] | None:

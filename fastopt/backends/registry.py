@@ -29,14 +29,14 @@ _in_use: ContextVar[str | None] = ContextVar("fastopt_backend", default=None)
 _logged: set[str] = set()
 
 
-def check_name(name: str) -> str:
-    """Returns ``name``.
+def check_name(name: str, argument: str = "backend") -> str:
+    """Returns ``name``, which came by way of ``argument``.
 
     Raises:
         ValueError: No backend is called so.
     """
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}")
+        raise ValueError(f"{argument} must be one of {['auto', *BACKENDS]}, got {name!r}")
     return name
 
 
@@ -67,7 +67,10 @@ def context_choice() -> str | None:
 
 def requested(own: str | None) -> str:
     """The backend that counts: an object's own, the block's, the environment's, or ``auto``."""
-    return own or _in_use.get() or check_name(os.environ.get("FASTOPT_BACKEND") or "auto")
+    named = own or _in_use.get()
+    if named is None:
+        named = check_name(os.environ.get("FASTOPT_BACKEND") or "auto", "FASTOPT_BACKEND")
+    return named
 
 
 def candidates(request: ParameterRequest, choice: str) -> Iterator[tuple[Backend, str | None]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastopt.backends.contract import (
+    Created,
     ParameterRequest,
     ParamGroup,
     Refusal,
@@ -27,7 +28,10 @@ class TorchBackend:
         return None
 
     def plan_optimizer_step(
-        self, optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]
+        self,
+        optimizer: SteppedOptimizer,
+        served: Sequence[Sequence[bool]],
+        created: Created,
     ) -> TorchPlan:
         """Remembers which parameters to step."""
         return TorchPlan(optimizer, served)

@@ -67,7 +67,8 @@ def explain(optimizer: SteppedOptimizer) -> Explanation:
     rows = []
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names", [""] * len(group["params"]))
-        for index, request in enumerate(requests(optimizer, group)):
+        rule = optimizer._update_rule(group)
+        for index, request in enumerate(requests(optimizer, group, rule, with_gradients=True)):
             answers = list(registry.candidates(request, requested))
             taken = [backend.name for backend, reason in answers if reason is None]
             reasons = {backend.name: reason for backend, reason in answers if reason is not None}
@@ -76,7 +77,7 @@ def explain(optimizer: SteppedOptimizer) -> Explanation:
                 ExplainedParameter(
                     group=number,
                     index=index,
-                    name=names[index],
+                    name=names[index] if index < len(names) else "",
                     shape=tuple(param.shape),
                     dtype=str(param.dtype),
                     device=str(param.device),

@@ -16,9 +16,11 @@ from fastopt.backends.contract import (
     SteppedOptimizer,
     UpdateRule,
 )
+from fastopt.backends.planning import make_missing_state, undo_state
 from fastopt.backends.stock import TorchPlan
 
 
+@torch._disable_dynamo
 def optimizer_step(optimizer: SteppedOptimizer) -> None:
     """Steps every parameter that has a gradient.
 
@@ -29,77 +31,124 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
         RuntimeError: The backend that the user named does not take a parameter or its gradient.
             Besides, whatever stock raises. Nothing has been changed then.
     """
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and float(found_inf) != 0:
+    if step_is_skipped(optimizer):
         for group in optimizer.param_groups:
             optimizer._prepare(group)
         return
-    grad_scale = getattr(optimizer, "grad_scale", None)
-    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    if unscale != 1:
-        _make_gradients_writable(optimizer)
+    unscale = _unscale_factor(optimizer)
     rules = tuple([optimizer._update_rule(group) for group in optimizer.param_groups])
 
     plan = optimizer._plan
     if plan is None or not plan.collect(optimizer, rules, unscale):
-        plan = optimizer._plan = StepPlan(optimizer, rules)
+        plan = optimizer._plan = None  # frees the state that only the old plan holds
+        plan = StepPlan(optimizer, rules)
         if not plan.collect(optimizer, rules, unscale):
             raise RuntimeError("the optimizer changed while its step was being planned")
+        optimizer._plan = plan
     plan.run(optimizer, rules, unscale)
 
 
-def _make_gradients_writable(optimizer: SteppedOptimizer) -> None:
-    """Unscaling writes gradients: where elements may share memory, each gets its own."""
+def step_is_skipped(optimizer: SteppedOptimizer) -> bool:
+    """Whether a gradient scaler has found infinities or NaN."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and float(found_inf) != 0
+
+
+def unscale_gradients(optimizer: SteppedOptimizer) -> None:
+    """Does a gradient scaler's division now, for those who look at gradients before the step."""
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    if grad_scale is None:
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param in params:
+        if param.grad is not None and _may_share_elements(param.grad):
+            param.grad = param.grad.clone(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        grads = [param.grad for param in params if param.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, 1.0 / float(grad_scale))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
+def _unscale_factor(optimizer: SteppedOptimizer) -> float:
+    """What the kernels multiply gradients by; 1 where that is done here, one after the other.
+
+    The kernels write each gradient once and at its own place, so it must share memory with none.
+    """
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    if grad_scale is None:
+        return 1.0
+    addresses = []
     for group in optimizer.param_groups:
         for param in group["params"]:
-            grad = param.grad
-            if grad is None or grad.layout is not torch.strided:
+            if param.grad is None or param.grad.layout is not torch.strided:
                 continue
-            if torch._debug_has_internal_overlap(grad) != 0:
-                param.grad = grad.clone(memory_format=torch.contiguous_format)
+            if param.grad.numel():
+                addresses += [param.grad.data_ptr(), param.data_ptr()]
+            if _may_share_elements(param.grad):
+                unscale_gradients(optimizer)
+                return 1.0
+    if len(set(addresses)) < len(addresses):
+        unscale_gradients(optimizer)
+        return 1.0
+    return 1.0 / float(grad_scale)
+
+
+def _may_share_elements(grad: Tensor) -> bool:
+    return grad.layout is torch.strided and torch._debug_has_internal_overlap(grad) != 0
 
 
 class StepPlan:
     """Which backend steps which parameter, and what each backend keeps between steps."""
 
     def __init__(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...]) -> None:
-        self._choice = (optimizer._backend, registry.context_choice())
-        self._rule_names = [rule.name for rule in rules]
+        self._key = _key(optimizer, rules)
         self._this_step: list[OptimizerPlan] = []
         requested = registry.requested(optimizer._backend)
         self._falls_back = requested == "auto"
 
+        # Gradients come and go: what is odd about one of them is collect's matter.
         chosen = [
-            [registry.choose(request, requested) for request in requests(optimizer, group)]
-            for group in optimizer.param_groups
+            [registry.choose(request, requested) for request in requests(optimizer, group, rule)]
+            for group, rule in zip(optimizer.param_groups, rules, strict=True)
         ]
         for group in optimizer.param_groups:
             optimizer._prepare(group)
-        backends = dict.fromkeys(backend for group in chosen for backend in group)
-        # Torch's part comes first: it may raise, and no kernel has run then.
-        self._parts = [
-            backend.plan_optimizer_step(optimizer, [[b is backend for b in g] for g in chosen])
-            for backend in sorted(backends, key=lambda backend: backend.name != "torch")
-        ]
+        makes_state = [[backend.name != "torch" for backend in group] for group in chosen]
+        self._created = make_missing_state(optimizer, makes_state)
+        try:
+            backends = dict.fromkeys(backend for group in chosen for backend in group)
+            # Torch's part comes first: it may raise, and no kernel has run then.
+            self._parts = [
+                backend.plan_optimizer_step(
+                    optimizer, [[b is backend for b in group] for group in chosen], self._created
+                )
+                for backend in sorted(backends, key=lambda backend: backend.name != "torch")
+            ]
+        except BaseException:
+            self._undo(optimizer, list(self._created))
+            raise
 
     def collect(
         self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
     ) -> bool:
         """Fetches the gradients of a step. False: the optimizer is no longer as planned."""
-        if self._choice != (optimizer._backend, registry.context_choice()):
-            return False
-        if self._rule_names != [rule.name for rule in rules]:
+        if self._key != _key(optimizer, rules):
             return False
         self._this_step = []
         refusals: list[Refusal] = []
-        for part in self._parts:
-            refused = part.collect(optimizer, unscale != 1)
-            if refused is None:
-                self._release()
-                return False
-            refusals += refused
-        if refusals:
-            self._hand_to_torch(optimizer, refusals)
+        try:
+            for part in self._parts:
+                refused = part.collect(optimizer, unscale != 1)
+                if refused is None:
+                    self._release()
+                    return False
+                refusals += refused
+            if refusals:
+                self._hand_to_torch(optimizer, refusals)
+        except BaseException:
+            self._give_up(optimizer)
+            raise
         self._this_step += self._parts
         return True
 
@@ -111,34 +160,55 @@ class StepPlan:
             for part in self._this_step:
                 part.run(optimizer, rules, unscale)
         except BaseException:
-            self._release()
+            self._give_up(optimizer)
             raise
+        self._created = {}
 
     def _release(self) -> None:
         for part in self._parts:
             part.release()
 
+    def _give_up(self, optimizer: SteppedOptimizer) -> None:
+        self._release()
+        self._undo(optimizer, list(self._created))
+
+    def _undo(self, optimizer: SteppedOptimizer, param_ids: list[int]) -> None:
+        for param_id in param_ids:
+            param, keys = self._created.pop(param_id)
+            undo_state(optimizer, param, keys)
+
     def _hand_to_torch(self, optimizer: SteppedOptimizer, refusals: list[Refusal]) -> None:
         groups = optimizer.param_groups
         marks = [[False] * len(group["params"]) for group in groups]
         for group, place, reason in refusals:
-            label = registry.label(groups[group]["params"][place])
+            param = groups[group]["params"][place]
             if not self._falls_back:
-                self._release()
+                name = registry.requested(optimizer._backend)
                 raise RuntimeError(
-                    f"backend {registry.requested(optimizer._backend)!r} "
-                    f"cannot step {label}: {reason}"
+                    f"backend {name!r} cannot step {registry.label(param)}: {reason}"
                 )
-            registry.log_fall_through(reason, "torch", label)
+            registry.log_fall_through(reason, "torch", registry.label(param))
             marks[group][place] = True
+            if id(param) in self._created:  # torch makes the state of a first step itself
+                self._undo(optimizer, [id(param)])
         self._this_step.append(TorchPlan(optimizer, marks))
 
 
-def requests(optimizer: SteppedOptimizer, group: ParamGroup) -> Iterator[ParameterRequest]:
+def _key(optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...]) -> list[object]:
+    """What the choice of backends hangs on besides the tensors."""
+    key: list[object] = [optimizer._backend, registry.context_choice()]
+    for group, rule in zip(optimizer.param_groups, rules, strict=True):
+        key += (rule.name, group.get("capturable"), group.get("differentiable"))
+    return key
+
+
+def requests(
+    optimizer: SteppedOptimizer, group: ParamGroup, rule: UpdateRule, with_gradients: bool = False
+) -> Iterator[ParameterRequest]:
     """What the step of a group asks of a backend, parameter by parameter."""
-    rule = optimizer._update_rule(group).name
     keys = optimizer._state_keys(group)
     for param in group["params"]:
         state = optimizer.state.get(param, {})
         slots = tuple([state[key] for key in keys if isinstance(state.get(key), Tensor)])
-        yield ParameterRequest(param, param.grad, slots, state.get("step"), rule, group)
+        grad = param.grad if with_gradients else None
+        yield ParameterRequest(param, grad, slots, state.get("step"), rule.name, group)

@@ -1,8 +1,10 @@
 """Optimizers: the names, arguments and state of ``torch.optim``, on fastopt's kernels."""
 
+from torch.optim import Optimizer, lr_scheduler, swa_utils
+
 from fastopt.optim.adam import Adam
 from fastopt.optim.adamw import AdamW
 from fastopt.optim.lion import Lion
 from fastopt.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion"]
+__all__ = ["SGD", "Adam", "AdamW", "Lion", "Optimizer", "lr_scheduler", "swa_utils"]

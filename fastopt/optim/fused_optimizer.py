@@ -14,13 +14,15 @@ from torch.optim.optimizer import Optimizer
 from fastopt.backends.contract import ParamGroup, UpdateRule, WeightDecay
 from fastopt.backends.registry import check_name
 from fastopt.backends.stock import TorchPlan
-from fastopt.ops.optimizer_step import optimizer_step
+from fastopt.ops.optimizer_step import optimizer_step, step_is_skipped, unscale_gradients
 
 
 def observed(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a step as torch wraps every optimizer's, but pays for it only where somebody looks.
 
     Torch's wrapper runs the hooks and opens a profiler range: half the time of a small step.
+    Hooks see what they would see in stock's default step: unscaled gradients, and no step that a
+    gradient scaler skips.
     """
     torchs_wrapper = Optimizer.profile_hook_step(step)
 
@@ -34,6 +36,9 @@ def observed(step: Callable[..., Any]) -> Callable[..., Any]:
             or torch_optimizer._global_optimizer_post_hooks
             or torch._C._autograd._profiler_enabled()
         ):
+            if step_is_skipped(self):
+                return step(*args, **kwargs)
+            unscale_gradients(self)
             return torchs_wrapper(*args, **kwargs)
         return step(*args, **kwargs)
 
@@ -52,6 +57,12 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     _backend: str | None = None
     _plan: Any = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A step that is overridden may look at gradients: a scaler has to unscale them before."""
+        super().__init_subclass__(**kwargs)
+        if "step" in vars(cls):
+            cls._step_supports_amp_scaling = False
 
     def _update_rule(self, group: ParamGroup) -> UpdateRule:
         """The row of ``csrc/core/update_rules.h`` that a group runs, with its present numbers."""

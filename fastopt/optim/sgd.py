@@ -115,8 +115,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         lr, weight_decay = group["lr"], group["weight_decay"]
         if group.get("classical_momentum") and group["momentum"] != 0:
             # Torch's form at a learning rate of 1, of a loss multiplied by ours.
-            grads = [grad * lr for grad in grads]
-            lr, weight_decay = 1.0, weight_decay * lr
+            grads = [grad * scalar(lr) for grad in grads]
+            lr, weight_decay = 1.0, weight_decay * scalar(lr)
         sgd(
             params,
             grads,
