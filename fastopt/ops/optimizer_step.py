@@ -20,7 +20,7 @@ from fastopt.backends.planning import make_missing_state, undo_state
 from fastopt.backends.stock import TorchPlan
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def optimizer_step(optimizer: SteppedOptimizer) -> None:
     """Steps every parameter that has a gradient.
 
