@@ -60,7 +60,7 @@ class OptimizerCase:
     bars: tuple[Bar, ...] = ()
     bandwidth_bar: float = 0.0
     transposed: bool = False
-    rounds: int = 40
+    rounds: int = 20
     compiled: bool = False
 
     @property
@@ -103,7 +103,7 @@ OPTIMIZER_CASES = (
         ((64,),) * 200,
         ADAMW,
         bars=_fused(10.0),
-        rounds=300,
+        rounds=150,
     ),
     OptimizerCase(
         "AdamW, 1 x 4096",
@@ -111,7 +111,7 @@ OPTIMIZER_CASES = (
         ((4096,),),
         ADAMW,
         bars=_fused(2.5),
-        rounds=2000,
+        rounds=800,
         compiled=True,
     ),
     OptimizerCase("AdamW, 16.8M", "AdamW", ((LARGE,),), ADAMW, bars=_fused(1.0), bandwidth_bar=0.9),
@@ -131,7 +131,7 @@ OPTIMIZER_CASES = (
         ADAMW,
         bars=_fused(1.0),
         bandwidth_bar=0.9,
-        rounds=10,
+        rounds=5,
     ),
     OptimizerCase(
         "SGD momentum, GPT-2 124M in 148",
@@ -141,7 +141,7 @@ OPTIMIZER_CASES = (
         bytes_per_element=20,
         bars=_fused(1.0),
         bandwidth_bar=0.9,
-        rounds=10,
+        rounds=5,
     ),
     OptimizerCase(
         "AdamW bf16, 16.8M",

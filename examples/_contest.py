@@ -148,7 +148,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Adam divides the decay of a rare token's row by the small gradients that the row has,
     so that the decay would outweigh what the row learns.
     """
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     embedded = {id(p) for module in embeddings for p in module.parameters()}
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []

@@ -81,6 +81,7 @@ class Settings:
     hidden_size: int = 256
     dropout: float = 0.3
     piece_dropout: float = 0.0
+    wide: bool = False  # a linear model over the pieces beside the LSTM
     max_labels: int | None = None
 
 
@@ -102,6 +103,7 @@ FULL = replace(
     vocabulary=120_000,
     dropout=0.5,
     piece_dropout=0.3,
+    wide=True,
 )
 SMOKE = replace(
     DEFAULT,
@@ -116,7 +118,8 @@ SMOKE = replace(
 class TextClassifier(nn.Module):
     """An LSTM over words, where a word is the sum of its pieces' embeddings.
 
-    The classifier sees the maximum and the mean of the states and the mean of the words.
+    The classifier sees the maximum and the mean of the states and the mean of the words. Beside it
+    a wide part (Cheng et al. 2016) may learn what single pieces say of the language.
     """
 
     def __init__(
@@ -128,10 +131,17 @@ class TextClassifier(nn.Module):
         self.lstm = lstm(width, hidden, batch_first=True)
         self.linear = nn.Linear(2 * hidden + width, labels)
         self.dropout = nn.Dropout(settings.dropout)
+        self.wide = (
+            nn.EmbeddingBag(vocabulary, labels, mode="sum", padding_idx=PADDING_ID)
+            if settings.wide
+            else None
+        )
         self.piece_dropout = settings.piece_dropout
         with torch.no_grad():
             # A rare piece stays near its start: at torch's unit variance it would be loud noise.
             self.embedding.weight.mul_(0.1)
+            if self.wide:
+                self.wide.weight.zero_()
 
     def forward(self, pieces: Tensor) -> Tensor:
         """Maps pieces [batch, words, pieces] to logits [batch, labels].
@@ -139,6 +149,7 @@ class TextClassifier(nn.Module):
         Padding follows the text and the LSTM reads forwards, so no valid state sees it.
         """
         valid = pieces[:, :, :1].ne(PADDING_ID)
+        pieces = self.drop_pieces(pieces)
         words = self.dropout(self.embed(pieces))
         states, _ = self.lstm(words)
         count = valid.sum(1)
@@ -148,13 +159,19 @@ class TextClassifier(nn.Module):
             (words * valid).sum(1) / count,
         )
         logits: Tensor = self.linear(self.dropout(torch.cat(features, dim=1)))
+        if self.wide:
+            count = pieces.ne(PADDING_ID).sum((1, 2)).unsqueeze(1)
+            logits = logits + self.wide(pieces.flatten(1)) * count.rsqrt()
         return logits
 
+    def drop_pieces(self, pieces: Tensor) -> Tensor:
+        if not self.training or not self.piece_dropout:
+            return pieces
+        dropped = torch.rand(pieces.shape) < self.piece_dropout
+        dropped[:, :, 0] = False  # a word keeps one piece
+        return pieces.masked_fill(dropped, PADDING_ID)
+
     def embed(self, pieces: Tensor) -> Tensor:
-        if self.training and self.piece_dropout:
-            dropped = torch.rand(pieces.shape) < self.piece_dropout
-            dropped[:, :, 0] = False  # a word keeps one piece
-            pieces = pieces.masked_fill(dropped, PADDING_ID)
         count = pieces.ne(PADDING_ID).sum(2, keepdim=True).clamp(min=1)
         vectors: Tensor = self.embedding(pieces).sum(2) * count.rsqrt()
         return vectors
