@@ -254,6 +254,7 @@ void OptimizerPlan::prefetch_descriptions(size_t index) const {
   __builtin_prefetch(entry.param.ptr());
   __builtin_prefetch(entry.traces.grad_object);
   for (const void* trace : {entry.traces.param, entry.traces.grad}) {
+    if (!trace) continue;
     const char* description = static_cast<const char*>(trace);
     for (int line = -1; line <= 1; ++line) __builtin_prefetch(description + 64 * line);
   }
