@@ -29,7 +29,7 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
 
     Raises:
         RuntimeError: The backend that the user named does not take a parameter or its gradient.
-            Besides, whatever stock raises. Nothing has been changed then.
+            Besides, whatever stock raises. No parameter and no state has been changed then.
     """
     if step_is_skipped(optimizer):
         for group in optimizer.param_groups:
