@@ -35,8 +35,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     # GCC's own AVX-512 header raises the warning that is turned off (its bug 105593).
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-    avx512 += ["-Wno-maybe-uninitialized"]
-    ISA_FLAGS |= {"avx2": avx2, "avx512": [*avx512, "-mprefer-vector-width=512"]}
+    avx512 += ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized"]
+    ISA_FLAGS |= {"avx2": avx2, "avx512": avx512, "avx512bf16": [*avx512, "-mavx512bf16"]}
 
 PER_ISA_SOURCES = ["csrc/cpu/optimizer_step.cpp"]
 COMMON_SOURCES = [

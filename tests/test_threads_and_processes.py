@@ -166,7 +166,7 @@ print(len({{path for path in maps if "libgomp" in path}}))
     assert result.stdout.strip() == "1", result.stderr
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_of_this_machine(isa: str) -> None:
     from fastopt import _native_cpu
 

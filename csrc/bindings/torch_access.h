@@ -65,7 +65,8 @@ bool has_plain_type(PyObject* object);
 // A view whose elements are the negated or conjugated ones of its memory; DLPack does not tell.
 bool is_lazily_changed(PyObject* tensor, const Description& description);
 
-PyObject* gradient_of(PyObject* tensor);  // a new reference
+// A new reference. The object must be a tensor.
+PyObject* gradient_of(PyObject* tensor);
 
 // A tensor's description at any time, through the C ABI. Holds a reference to the tensor.
 class TensorHandle {

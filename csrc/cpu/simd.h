@@ -154,6 +154,18 @@ struct Lanes<Vec<float>, BFloat16> {
 // As store(BFloat16*, float) in core/dtypes.h.
 HOST_DEVICE void store(BFloat16* target, Vec<float> vector) {
   const Bits32 bits = (Bits32)vector.value;
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormal numbers for zeros.
+  const __m512i exponent = _mm512_set1_epi32(0x7F800000);
+  const __mmask16 tiny = _mm512_testn_epi32_mask((__m512i)bits, exponent);
+  if (__builtin_expect(_mm512_mask_test_epi32_mask(tiny, (__m512i)bits,
+                                                   _mm512_set1_epi32(0x007FFFFF)) == 0,
+                       true)) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)vector.value);
+    memcpy(target, &rounded, sizeof rounded);
+    return;
+  }
+#endif
   const Bits32 rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
   const Bits32 quiet_nan = bits | 0x00400000u;
   store_narrowed(target, (vector.value != vector.value ? quiet_nan : rounded) >> 16);
