@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 # Before the native module: its OpenMP has to be the copy that torch brings.
 import torch  # noqa: F401
 
-from fastopt import optim
+from fastopt import nn, optim
 from fastopt.backends import use_backend
 from fastopt.ops.explain import explain
 
@@ -14,4 +14,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "unknown"
 
-__all__ = ["__version__", "explain", "optim", "use_backend"]
+__all__ = ["__version__", "explain", "nn", "optim", "use_backend"]

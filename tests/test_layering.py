@@ -20,6 +20,7 @@ PYTHON = {
     "backends": {"backends", "_native_cpu"},
     "ops": {"ops", "backends"},
     "optim": {"optim", "ops", "backends"},
+    "nn": {"nn", "ops", "backends"},
 }
 
 

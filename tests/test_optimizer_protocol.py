@@ -49,7 +49,8 @@ def test_signature_is_torchs_and_a_little_more(ours: type, stock: type) -> None:
     for name, parameter in theirs.items():
         assert mine[name].default == parameter.default and mine[name].kind == parameter.kind
     extra = [mine[name] for name in mine if name not in theirs]
-    assert all(p.kind is p.KEYWORD_ONLY and p.default in (None, False) for p in extra)
+    assert all(p.kind is p.KEYWORD_ONLY and p.default in (None, False, 2.0) for p in extra)
+    assert {"max_grad_norm", "zero_grad_after_step", "ema_decay", "backend"} <= set(mine)
     assert issubclass(ours, stock)
 
 

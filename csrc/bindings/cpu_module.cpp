@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "bindings/gradient_list.h"
+#include "bindings/layout.h"
 #include "bindings/optimizer_plan.h"
 #include "bindings/torch_access.h"
 #include "cpu/dispatch.h"
@@ -67,7 +69,20 @@ PYBIND11_MODULE(_native_cpu, m) {
   py::class_<OptimizerPlan>(m, "OptimizerPlan", py::custom_type_setup(make_collectable))
       .def(py::init<py::dict, py::list>(), py::arg("state"), py::arg("groups"))
       .def("collect", &OptimizerPlan::collect, py::arg("param_groups"), py::arg("state"),
-           py::arg("unscaling"))
-      .def("run", &OptimizerPlan::run, py::arg("rules"), py::arg("unscale"), py::arg("threads"))
+           py::arg("writing"))
+      .def("gradients", &OptimizerPlan::gradients)
+      .def("grad_norm", &OptimizerPlan::grad_norm, py::arg("order"), py::arg("threads"))
+      .def("run", &OptimizerPlan::run, py::arg("rules"), py::arg("tail"), py::arg("threads"))
       .def("release", &OptimizerPlan::release);
+
+  py::class_<GradientList>(m, "GradientList")
+      .def(py::init<py::list, bool>(), py::arg("tensors"), py::arg("of_parameters"))
+      .def_property_readonly("unreadable", &GradientList::unreadable)
+      .def_property_readonly("unwritable", &GradientList::unwritable)
+      .def_readonly("tensors", &GradientList::tensors)
+      .def_readonly("has_complex", &GradientList::has_complex)
+      .def_readonly("dtypes", &GradientList::dtypes)
+      .def("norm", &GradientList::norm, py::arg("order"), py::arg("threads"))
+      .def("clip", &GradientList::clip, py::arg("scale"), py::arg("clip_value"),
+           py::arg("threads"));
 }

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cpu/dispatch.h"
 
@@ -15,17 +15,6 @@ namespace fastopt {
 using torch_access::Description;
 
 namespace {
-
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
 
 int find_rule(const OptimizerKernels& kernels, py::handle name) {
   const char* wanted = PyUnicode_AsUTF8(name.ptr());
@@ -43,64 +32,12 @@ PyObject* params_key() {
 
 }  // namespace
 
-int64_t Layout::numel() const {
-  return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
-}
-
-int64_t Layout::extent() const {
-  if (numel() == 0) return 0;
-  int64_t last = 0;
-  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-  return (last + 1) * element_size(dtype);
-}
-
-bool Layout::may_overlap_itself() const {
-  if (numel() == 0) return false;
-  std::vector<size_t> order(sizes.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(),
-            [&](size_t a, size_t b) { return strides[a] < strides[b]; });
-  int64_t reach = 0;  // of all dimensions with smaller strides
-  for (size_t d : order) {
-    if (sizes[d] == 1) continue;
-    if (strides[d] <= reach) return true;
-    reach += (sizes[d] - 1) * strides[d];
-  }
-  return false;
-}
-
-Layout layout_of(const Description& tensor) {
-  Layout layout;
-  const int bits = tensor.dtype.bits;
-  const bool is_complex = tensor.dtype.code == torch_access::kDLComplex;
-  if (tensor.dtype.code == torch_access::kDLBfloat && bits == 16) {
-    layout.dtype = DType::kBFloat16;
-  } else if (tensor.dtype.code == torch_access::kDLFloat && bits == 16) {
-    layout.dtype = DType::kFloat16;
-  } else if ((tensor.dtype.code == torch_access::kDLFloat && bits == 32) ||
-             (is_complex && bits == 64)) {
-    layout.dtype = DType::kFloat32;
-  } else if ((tensor.dtype.code == torch_access::kDLFloat && bits == 64) ||
-             (is_complex && bits == 128)) {
-    layout.dtype = DType::kFloat64;
-  } else {
-    throw std::invalid_argument("no kernel takes this dtype");
-  }
-  layout.sizes.assign(tensor.sizes, tensor.sizes + tensor.dims);
-  layout.strides.assign(tensor.strides, tensor.strides + tensor.dims);
-  if (is_complex) {
-    for (int64_t& stride : layout.strides) stride *= 2;
-    layout.sizes.push_back(2);
-    layout.strides.push_back(1);
-  }
-  return layout;
-}
-
 OptimizerPlan::OptimizerPlan(py::dict state, py::list groups) {
   for (size_t g = 0; g < groups.size(); ++g) {
     py::list records = groups[g];
     group_sizes_.push_back(static_cast<int>(records.size()));
-    for (py::handle record : records) add_entry(record, static_cast<int>(g));
+    int index = 0;
+    for (py::handle record : records) add_entry(record, static_cast<int>(g), index++);
   }
   for (auto [key, value] : state) {
     StateEntry entry{key, value, {}};
@@ -134,29 +71,40 @@ Description described(py::handle tensor) {
 OptimizerPlan::StateTensor::StateTensor(py::handle tensor)
     : handle(tensor), fingerprint(handle.describe()), layout(layout_of(described(tensor))) {}
 
-void OptimizerPlan::add_entry(py::handle record, int group) {
-  auto [param, service, slots, step, is_new] =
-      py::cast<std::tuple<py::object, int, py::tuple, py::object, bool>>(record);
+void OptimizerPlan::add_entry(py::handle record, int group, int index) {
+  auto [param, service, slots, step, average, is_new] =
+      py::cast<std::tuple<py::object, int, py::tuple, py::object, py::object, bool>>(record);
   Entry& entry = entries_.emplace_back();
   references.append(param);
   entry.param = param;
   entry.group = group;
+  entry.index = index;
   entry.service = static_cast<Service>(service);
   if (entry.service != Service::kServed) return;
   entry.is_new = is_new;
   const Description tensor = described(param);
   entry.fingerprint = torch_access::Fingerprint(tensor);
   entry.layout = layout_of(tensor);
+  entry.numel = entry.layout.numel();
   if (static_cast<int>(entry.layout.sizes.size()) > kMaxDims) {
     throw std::invalid_argument("a parameter has too many dimensions");
   }
-  for (py::handle slot : slots) {
-    references.append(slot);
-    const Layout& layout = entry.slots.emplace_back(slot).layout;
+  const auto like_param = [&](StateTensor tensor) {
+    const Layout& layout = tensor.layout;
     if (layout.dtype != entry.layout.dtype || layout.sizes != entry.layout.sizes) {
       throw std::invalid_argument("a state tensor differs from its parameter in shape or dtype");
     }
+    return tensor;
+  };
+  for (py::handle slot : slots) {
+    references.append(slot);
+    entry.slots.push_back(like_param(StateTensor(slot)));
   }
+  if (!average.is_none()) {
+    references.append(average);
+    entry.average = like_param(StateTensor(average));
+  }
+  plan_walk(entry, nullptr);
   if (step.is_none()) return;
   references.append(step);
   const Layout& counter = entry.step.emplace(step).layout;
@@ -169,31 +117,16 @@ void OptimizerPlan::add_entry(py::handle record, int group) {
 // Parameters may share memory with each other or with state: duplicates in a group, views of one
 // buffer. Such tasks run one after the other, as a loop over the parameters would run them.
 void OptimizerPlan::mark_shared_memory() {
-  struct Interval {
-    uintptr_t begin, end;
-    Entry* entry;
-  };
-  std::vector<Interval> intervals;
-  const auto add = [&](Entry& entry, void* data, const Layout& layout) {
-    const auto begin = reinterpret_cast<uintptr_t>(data);
-    if (layout.numel()) {
-      intervals.push_back({begin, begin + static_cast<uintptr_t>(layout.extent()), &entry});
-    }
-  };
-  for (Entry& entry : entries_) {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Entry& entry = entries_[i];
     if (entry.service != Service::kServed) continue;
-    add(entry, entry.fingerprint.data(), entry.layout);
-    for (StateTensor& slot : entry.slots) add(entry, slot.fingerprint.data(), slot.layout);
+    extents_.emplace_back(entry.fingerprint.data(), entry.layout.extent(), i);
+    entry.for_each_tensor([&](const StateTensor& tensor) {
+      extents_.emplace_back(tensor.fingerprint.data(), tensor.layout.extent(), i);
+    });
   }
-  std::sort(intervals.begin(), intervals.end(),
-            [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
-  Interval furthest{0, 0, nullptr};
-  for (const Interval& interval : intervals) {
-    if (furthest.entry && interval.begin < furthest.end) {
-      interval.entry->runs_alone = furthest.entry->runs_alone = true;
-    }
-    if (interval.end > furthest.end) furthest = interval;
-  }
+  sort_extents(extents_);
+  for (size_t owner : sharing_owners(extents_, {})) entries_[owner].runs_alone = true;
 }
 
 bool OptimizerPlan::same_groups(py::list param_groups) const {
@@ -237,13 +170,13 @@ bool OptimizerPlan::same_state_memory() const {
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (i + kEntriesAhead < entries_.size()) {
       const Entry& ahead = entries_[i + kEntriesAhead];
-      for (const StateTensor& slot : ahead.slots) slot.handle.prefetch();
+      ahead.for_each_tensor([](const StateTensor& tensor) { tensor.handle.prefetch(); });
       if (ahead.step) ahead.step->handle.prefetch();
     }
-    for (const StateTensor& slot : entries_[i].slots) {
-      if (!slot.unchanged()) return false;
-    }
-    if (entries_[i].step && !entries_[i].step->unchanged()) return false;
+    bool unchanged = !entries_[i].step || entries_[i].step->unchanged();
+    entries_[i].for_each_tensor(
+        [&](const StateTensor& tensor) { unchanged = unchanged && tensor.unchanged(); });
+    if (!unchanged) return false;
   }
   return true;
 }
@@ -267,22 +200,21 @@ bool OptimizerPlan::same_memory(Entry& entry) const {
   return entry.fingerprint.matches(tensor);
 }
 
-// Returns why the kernels do not take the gradient, in words, or nullptr.
-const char* OptimizerPlan::refuse_gradient(Entry& entry, bool unscaling) const {
+OptimizerPlan::Refusal OptimizerPlan::refuse_gradient(Entry& entry, bool writing) const {
   Gradient& grad = entry.grad;
   Description tensor;
   if (!torch_access::has_plain_type(grad.tensor.ptr())) {
-    return "the gradient is a subclass of torch.Tensor";
+    return {"the gradient is a subclass of torch.Tensor"};
   }
   if (!torch_access::describe(grad.tensor.ptr(), tensor)) {
-    return "the gradient is not a strided tensor with memory of its own";
+    return {"the gradient is not a strided tensor with memory of its own"};
   }
   if (tensor.device_type != torch_access::kDLCPU || tensor.dtype != entry.fingerprint.dtype() ||
       !entry.fingerprint.has_sizes_of(tensor)) {
-    return "the gradient differs from the parameter in device, dtype or shape";
+    return {"the gradient differs from the parameter in device, dtype or shape"};
   }
   if (torch_access::is_lazily_changed(grad.tensor.ptr(), tensor)) {
-    return "the gradient is a lazily conjugated or negated view";
+    return {"the gradient is a lazily conjugated or negated view"};
   }
   if (!grad.data || !std::equal(grad.strides.begin(), grad.strides.end(), tensor.strides)) {
     const Layout layout = layout_of(tensor);
@@ -290,79 +222,111 @@ const char* OptimizerPlan::refuse_gradient(Entry& entry, bool unscaling) const {
     grad.lies_as_param = layout.strides == entry.layout.strides;
     grad.extent = layout.extent();
     grad.may_overlap_itself = layout.may_overlap_itself();
-    plan_walk(entry, layout);
+    grad.is_dense = !grad.may_overlap_itself && grad.extent == entry.numel * layout.element_size();
+    plan_walk(entry, &layout);
+    grad.data = nullptr;
   }
+  if (grad.data != tensor.data) grad.check = 0;
   grad.data = tensor.data;
   entry.traces.grad_object = grad.tensor.ptr();
   entry.traces.grad = tensor.sizes;
-  if (unscaling && grad.may_overlap_itself) return "elements of the gradient share memory";
+  if (writing && grad.may_overlap_itself) return {"elements of the gradient share memory", true};
   const char* param = static_cast<const char*>(entry.fingerprint.data());
   const char* data = static_cast<const char*>(grad.data);
   const bool is_param = data == param && grad.lies_as_param;
   if (!is_param && data < param + entry.layout.extent() && param < data + grad.extent) {
-    return "the gradient shares memory with the parameter";
+    return {"the gradient shares memory with the parameter", true};
   }
-  return nullptr;
+  return {nullptr};
 }
 
-// Orders the dimensions as the parameter lies in memory and joins those that all operands walk
-// through without a gap. One dimension of stride 1 needs no walk.
-void OptimizerPlan::plan_walk(Entry& entry, const Layout& grad) const {
-  std::vector<const Layout*> operands = {&entry.layout, &grad};
-  for (const StateTensor& slot : entry.slots) operands.push_back(&slot.layout);
-  const std::vector<int64_t>& sizes = entry.layout.sizes;
-  std::vector<size_t> order;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] != 1) order.push_back(d);
+void OptimizerPlan::plan_walk(Entry& entry, const Layout* grad) const {
+  std::vector<std::pair<int, const Layout*>> operands = {{kParam, &entry.layout}};
+  if (grad) operands.emplace_back(kGrad, grad);
+  if (entry.average) operands.emplace_back(kAverage, &entry.average->layout);
+  for (size_t k = 0; k < entry.slots.size(); ++k) {
+    operands.emplace_back(kFirstSlot + static_cast<int>(k), &entry.slots[k].layout);
   }
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return entry.layout.strides[a] > entry.layout.strides[b];
-  });
-  Walk walk{};
-  for (size_t d : order) {
-    const int last = walk.dims - 1;
-    bool joins = last >= 0;
-    for (size_t k = 0; k < operands.size() && joins; ++k) {
-      joins = walk.strides[k][last] == operands[k]->strides[d] * sizes[d];
-    }
-    const int target = joins ? last : walk.dims++;
-    walk.sizes[target] = joins ? walk.sizes[last] * sizes[d] : sizes[d];
-    for (size_t k = 0; k < operands.size(); ++k) walk.strides[k][target] = operands[k]->strides[d];
-  }
-  bool flat = walk.dims <= 1;
-  for (size_t k = 0; k < operands.size() && flat; ++k) {
-    flat = walk.dims == 0 || walk.strides[k][0] == 1;
-  }
-  entry.walk = flat ? nullptr : std::make_unique<Walk>(walk);
+  entry.walk = walk_of(operands);
 }
 
-py::object OptimizerPlan::collect(py::list param_groups, py::dict state, bool unscaling) {
+py::object OptimizerPlan::collect(py::list param_groups, py::dict state, bool writing) {
   refuse_other_threads();
   release();
   if (!same_groups(param_groups) || !same_state(state) || !same_state_memory()) return py::none();
   py::list refused;
-  int index = 0;
-  for (size_t i = 0; i < entries_.size(); ++i, ++index) {
+  const auto refuse = [&](size_t i, Refusal refusal) {
     Entry& entry = entries_[i];
-    if (i > 0 && entry.group != entries_[i - 1].group) index = 0;
+    entry.grad.tensor = py::object();
+    entry.is_refused = true;
+    refused.append(py::make_tuple(entry.group, entry.index, refusal.reason, refusal.shares_memory));
+  };
+  bool all_checked = true;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    Entry& entry = entries_[i];
     prefetch_descriptions(i + kEntriesAhead);
+    entry.is_refused = false;
     if (entry.service == Service::kElsewhere) continue;
     py::object grad =
         py::reinterpret_steal<py::object>(torch_access::gradient_of(entry.param.ptr()));
-    if (grad.is_none()) continue;
+    if (grad.is_none() && !entry.average) continue;  // an average moves without a gradient too
     if (entry.service == Service::kWithoutState || !same_memory(entry)) {
       release();
       return py::none();
     }
+    if (grad.is_none()) continue;
     entry.grad.tensor = std::move(grad);
-    if (const char* reason = refuse_gradient(entry, unscaling)) {
-      entry.grad.tensor = py::object();
-      refused.append(py::make_tuple(entry.group, index, reason));
+    const Refusal refusal = refuse_gradient(entry, writing);
+    if (refusal.reason) {
+      refuse(i, refusal);
+    } else {
+      all_checked = all_checked && entry.grad.check == grad_check_;
+    }
+  }
+  if (writing && !all_checked) {
+    for (size_t i : shared_gradients()) {
+      if (!entries_[i].is_refused)
+        refuse(i, {"the gradient shares memory with another tensor", true});
     }
   }
   collected_ = true;
   thread_ = PyThread_get_thread_ident();
   return refused;
+}
+
+// Of gradients that are going to be written, those that lie in memory of another tensor.
+std::vector<size_t> OptimizerPlan::shared_gradients() {
+  ++grad_check_;
+  std::vector<Extent> gradients;
+  gradients.reserve(entries_.size());
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (!entries_[i].grad.tensor) continue;
+    entries_[i].grad.check = grad_check_;
+    gradients.emplace_back(entries_[i].grad.data, entries_[i].grad.extent, i);
+  }
+  sort_extents(gradients);
+  return sharing_owners(gradients, extents_);
+}
+
+py::list OptimizerPlan::gradients() const {
+  py::list result;
+  for (const Entry& entry : entries_) {
+    if (entry.grad.tensor) result.append(entry.grad.tensor);
+  }
+  return result;
+}
+
+double OptimizerPlan::grad_norm(double order, int threads) const {
+  refuse_other_threads();
+  std::vector<GradTask> tasks;
+  for (const Entry& entry : entries_) {
+    const Walk* walk = entry.grad.is_dense ? nullptr : entry.walk.get();
+    if (entry.grad.tensor) {
+      tasks.push_back({entry.grad.data, walk, entry.numel, 0, entry.layout.dtype});
+    }
+  }
+  py::gil_scoped_release unlocked;
+  return total_norm(tasks, order, threads);
 }
 
 // Another thread may come between collect() and run(), and while the kernels run.
@@ -417,36 +381,44 @@ double OptimizerPlan::advance_step(const Entry& entry) const {
   return *static_cast<float*>(counter) += 1;
 }
 
-StepTask OptimizerPlan::make_task(Entry& entry, GroupRule& rule, double unscale) {
+// The rule with the numbers of the entry's step; entries at the same step share it.
+void OptimizerPlan::bind_rule(GroupRule& rule, const Entry& entry) {
   const double step = advance_step(entry);
   const bool wide = entry.layout.dtype == DType::kFloat64;
-  if (rule.bound[wide] < 0 || rule.bound_step[wide] != step) {
-    BoundRule& bound = bound_rules_.emplace_back();
-    bound.rule = rule.rule;
-    bound.weight_decay = rule.weight_decay;
-    bound.decay = rule.decay;
-    bound.maximize = rule.maximize;
-    bound.unscale = unscale;
-    chosen_instruction_set().optimizer->bind(bound, entry.layout.dtype, rule.hyperparameters, step);
-    rule.bound[wide] = static_cast<int>(bound_rules_.size()) - 1;
-    rule.bound_step[wide] = step;
-  }
+  if (rule.bound[wide] >= 0 && rule.bound_step[wide] == step) return;
+  BoundRule& bound = bound_rules_.emplace_back();
+  bound.rule = rule.rule;
+  bound.weight_decay = rule.weight_decay;
+  bound.decay = rule.decay;
+  bound.maximize = rule.maximize;
+  chosen_instruction_set().optimizer->bind(bound, entry.layout.dtype, rule.hyperparameters, step);
+  rule.bound[wide] = static_cast<int>(bound_rules_.size()) - 1;
+  rule.bound_step[wide] = step;
+}
+
+StepTask OptimizerPlan::make_task(const Entry& entry, const GroupRule& rule) const {
   StepTask task{};
-  task.operands[0] = entry.fingerprint.data();
-  task.operands[1] = entry.grad.data;
-  for (size_t k = 0; k < entry.slots.size(); ++k)
-    task.operands[2 + k] = entry.slots[k].fingerprint.data();
+  task.operands[kParam] = entry.fingerprint.data();
+  if (entry.average) task.operands[kAverage] = entry.average->fingerprint.data();
   task.walk = entry.walk.get();
-  task.numel = entry.layout.numel();
+  task.numel = entry.numel;
   task.dtype = entry.layout.dtype;
-  task.bound_rule = rule.bound[wide];
+  if (!entry.grad.tensor) return task;
+  task.operands[kGrad] = entry.grad.data;
+  for (size_t k = 0; k < entry.slots.size(); ++k) {
+    task.operands[kFirstSlot + k] = entry.slots[k].fingerprint.data();
+  }
+  task.bound_rule = rule.bound[entry.layout.dtype == DType::kFloat64];
   return task;
 }
 
-py::list OptimizerPlan::run(py::tuple rules, double unscale, int threads) {
+py::list OptimizerPlan::run(py::tuple rules, py::tuple surroundings, int threads) {
   refuse_other_threads();
   const OptimizerKernels& kernels = *chosen_instruction_set().optimizer;
   std::vector<GroupRule> group_rules = parse_rules(rules);
+  Tail tail;
+  std::tie(tail.grad_scale, tail.clip_value, tail.zero_grad, tail.average_weight) =
+      py::cast<std::tuple<double, double, bool, double>>(surroundings);
   for (const Entry& entry : entries_) {
     if (entry.grad.tensor && static_cast<int>(entry.slots.size()) !=
                                  kernels.rules[group_rules[entry.group].rule].slots) {
@@ -459,28 +431,34 @@ py::list OptimizerPlan::run(py::tuple rules, double unscale, int threads) {
   py::list written;
   int64_t tiles = 0;
   for (Entry& entry : entries_) {
-    if (!entry.grad.tensor) continue;
-    StepTask task = make_task(entry, group_rules[entry.group], unscale);
+    const bool has_grad = static_cast<bool>(entry.grad.tensor);
+    if (!has_grad && (!entry.average || entry.is_refused)) continue;
+    GroupRule& rule = group_rules[entry.group];
+    if (has_grad) {
+      bind_rule(rule, entry);
+      entry.is_new = false;
+      written.append(entry.param);
+      if (tail.zero_grad || tail.changes_gradients()) written.append(entry.grad.tensor);
+    }
+    StepTask task = make_task(entry, rule);
     if (entry.runs_alone) {
       alone.push_back(task);
     } else {
       task.first_tile = tiles;
-      tiles += (task.numel + kTile - 1) / kTile;
+      tiles += tiles_of(task.numel);
       together.push_back(task);
     }
-    entry.is_new = false;
-    written.append(entry.param);
-    if (unscale != 1) written.append(entry.grad.tensor);
   }
   running_ = true;
   {
     py::gil_scoped_release unlocked;
     const auto step = [&](const StepTask* tasks, size_t count, int64_t tile_count) {
       if (tile_count == 0) return;
-      kernels.step({tasks, static_cast<int64_t>(count), tile_count, bound_rules_.data(), threads});
+      const auto task_count = static_cast<int64_t>(count);
+      kernels.step({tasks, task_count, tile_count, bound_rules_.data(), tail, threads});
     };
     step(together.data(), together.size(), tiles);
-    for (const StepTask& task : alone) step(&task, 1, (task.numel + kTile - 1) / kTile);
+    for (const StepTask& task : alone) step(&task, 1, tiles_of(task.numel));
   }
   running_ = false;
   release();

@@ -8,25 +8,12 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/gradient_list.h"
+#include "bindings/layout.h"
 #include "bindings/torch_access.h"
 #include "cpu/optimizer_step.h"
 
 namespace fastopt {
-
-// Sizes and strides in elements of the real dtype: a complex tensor gets a last dimension of 2.
-struct Layout {
-  DType dtype;
-  std::vector<int64_t> sizes, strides;
-
-  int64_t numel() const;
-  // Bytes from the first element to the end of the last.
-  int64_t extent() const;
-  // True where two indices may mean one address; never false where they do.
-  bool may_overlap_itself() const;
-};
-
-// Throws std::invalid_argument for a dtype that no kernel takes.
-Layout layout_of(const torch_access::Description& tensor);
 
 enum class Service {
   kElsewhere,     // another backend steps the parameter
@@ -39,19 +26,24 @@ enum class Service {
 class OptimizerPlan {
  public:
   // `state` is optimizer.state. `groups` has a list per parameter group and in it for each
-  // parameter (param, Service, slot tensors, step tensor or None, is_new); the last three count
-  // where served.
+  // parameter (param, Service, slot tensors, step tensor or None, average or None, is_new); the
+  // last four count where served.
   OptimizerPlan(pybind11::dict state, pybind11::list groups);
   ~OptimizerPlan() { release(); }
 
   // Fetches the gradients. None: the plan no longer describes the optimizer, make a new one.
-  // Otherwise (group, index, reason) for each gradient that the kernels do not take; the others
-  // wait for run() or release(). With `unscaling`, gradients are to be written.
-  pybind11::object collect(pybind11::list param_groups, pybind11::dict state, bool unscaling);
+  // Otherwise (group, index, reason, shares memory) for each gradient that the kernels do not take;
+  // the others wait for run() or release(). With `writing`, gradients are to be written.
+  pybind11::object collect(pybind11::list param_groups, pybind11::dict state, bool writing);
+
+  // What collect() fetched, and its norm.
+  pybind11::list gradients() const;
+  double grad_norm(double order, int threads) const;
 
   // Steps what collect() fetched and returns the tensors that it wrote and autograd may have saved.
-  // `rules` has for each group (rule's name, weight decay kind, decay, maximize, hyperparameters).
-  pybind11::list run(pybind11::tuple rules, double unscale, int threads);
+  // `rules` has for each group (rule's name, weight decay kind, decay, maximize, hyperparameters),
+  // `tail` the fields of struct Tail.
+  pybind11::list run(pybind11::tuple rules, pybind11::tuple tail, int threads);
 
   // Drops what collect() fetched.
   void release();
@@ -76,8 +68,10 @@ class OptimizerPlan {
     void* data = nullptr;
     std::vector<int64_t> strides;  // as torch has them
     bool lies_as_param = false;
+    bool is_dense = false;
     int64_t extent = 0;
     bool may_overlap_itself = false;
+    int64_t check = 0;  // the last one of shared_gradients() that saw it where it is
   };
   // Where a tensor's description was last step. Only ever prefetched: it may have moved.
   struct Traces {
@@ -88,16 +82,29 @@ class OptimizerPlan {
   struct Entry {
     pybind11::handle param;
     Traces traces;
-    int group = 0;
+    int group = 0, index = 0;
     Service service = Service::kElsewhere;
     bool is_new = false;      // its first step: there was no state before
+    bool is_refused = false;  // another backend steps it this time
     bool runs_alone = false;  // shares memory with another
     torch_access::Fingerprint fingerprint;
     Layout layout;
+    int64_t numel = 0;
     std::vector<StateTensor> slots;
-    std::optional<StateTensor> step;
+    std::optional<StateTensor> average, step;
     Gradient grad;
-    std::unique_ptr<Walk> walk;  // of parameter, gradient and slots; none: all lie alike
+    std::unique_ptr<Walk> walk;  // of all operands; none: all are dense and lie alike
+
+    // Of the parameter's shape: slots and average.
+    template <class Visitor>
+    void for_each_tensor(const Visitor& visit) const {
+      for (const StateTensor& slot : slots) visit(slot);
+      if (average) visit(*average);
+    }
+  };
+  struct Refusal {
+    const char* reason;  // in words; nullptr: none
+    bool shares_memory = false;
   };
   struct StateEntry {
     pybind11::handle key, value;
@@ -114,22 +121,26 @@ class OptimizerPlan {
   };
 
   void refuse_other_threads() const;
-  void add_entry(pybind11::handle record, int group);
+  void add_entry(pybind11::handle record, int group, int index);
   void mark_shared_memory();
   bool same_groups(pybind11::list param_groups) const;
   bool same_state(pybind11::dict state) const;
   bool same_state_memory() const;
   bool same_memory(Entry& entry) const;
   void prefetch_descriptions(size_t index) const;
-  const char* refuse_gradient(Entry& entry, bool unscaling) const;
-  void plan_walk(Entry& entry, const Layout& grad) const;
+  Refusal refuse_gradient(Entry& entry, bool writing) const;
+  std::vector<size_t> shared_gradients();
+  void plan_walk(Entry& entry, const Layout* grad) const;
   double advance_step(const Entry& entry) const;
   std::vector<GroupRule> parse_rules(pybind11::tuple rules) const;
-  StepTask make_task(Entry& entry, GroupRule& rule, double unscale);
+  void bind_rule(GroupRule& rule, const Entry& entry);
+  StepTask make_task(const Entry& entry, const GroupRule& rule) const;
 
   std::vector<Entry> entries_;
   std::vector<int> group_sizes_;
   std::vector<StateEntry> state_entries_;
+  std::vector<Extent> extents_;  // of parameters and state, sorted; owners are entries
+  int64_t grad_check_ = 1;
   bool collected_ = false;    // collect() succeeded, and run() or release() is still to come
   bool running_ = false;      // the kernels run
   unsigned long thread_ = 0;  // that collects and runs

@@ -27,10 +27,23 @@ template <class T>
 HOST_DEVICE T square_root(T value) {
   return std::sqrt(value);
 }
-// The larger one; a NaN wins, as in torch.maximum.
+// The larger and the smaller one; a NaN wins, as in torch.maximum and torch.minimum.
 template <class T>
 HOST_DEVICE T maximum(T left, T right) {
   return right > left || right != right ? right : left;
+}
+template <class T>
+HOST_DEVICE T minimum(T left, T right) {
+  return right < left || right != right ? right : left;
+}
+template <class T>
+HOST_DEVICE T magnitude(T value) {
+  return value < 0 ? -value : value;
+}
+// 1, and 0 for a zero; a NaN is none.
+template <class T>
+HOST_DEVICE T is_nonzero(T value) {
+  return static_cast<T>(value != 0);
 }
 // -1, 0 or 1; 0 for a NaN, as in torch.sign.
 template <class T>
@@ -52,6 +65,20 @@ struct Lerp {
   template <class V>
   HOST_DEVICE V operator()(V from, V to) const {
     return (nearer_to_end ? to : from) + coefficient * (to - from);
+  }
+};
+
+// The value brought into [-limit, limit]; a NaN stays.
+template <class T>
+struct Clamp {
+  T limit;
+
+  explicit Clamp(double limit) : limit(static_cast<T>(limit)) {}
+
+  template <class V>
+  HOST_DEVICE V operator()(V value) const {
+    const V upper = V() + limit, lower = V() - limit;
+    return maximum(lower, minimum(upper, value));
   }
 };
 

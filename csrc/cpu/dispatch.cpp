@@ -9,6 +9,7 @@ namespace fastopt {
 #define FASTOPT_DECLARE_KERNELS(isa)               \
   namespace isa {                                  \
   extern const OptimizerKernels kOptimizerKernels; \
+  extern const GradNormKernels kGradNormKernels;   \
   }
 FASTOPT_FOR_EACH_ISA(FASTOPT_DECLARE_KERNELS)
 
@@ -31,7 +32,8 @@ bool cpu_runs(const std::string& isa) {
 }  // namespace
 
 const std::vector<InstructionSet>& instruction_sets() {
-#define FASTOPT_LIST_KERNELS(isa) {#isa, cpu_runs(#isa), &isa::kOptimizerKernels},
+#define FASTOPT_LIST_KERNELS(isa) \
+  {#isa, cpu_runs(#isa), &isa::kOptimizerKernels, &isa::kGradNormKernels},
   static const std::vector<InstructionSet> sets = {FASTOPT_FOR_EACH_ISA(FASTOPT_LIST_KERNELS)};
   return sets;
 }

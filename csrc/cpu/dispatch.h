@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/grad_norm.h"
 #include "cpu/optimizer_step.h"
 
 namespace fastopt {
@@ -11,6 +12,7 @@ struct InstructionSet {
   const char* name;
   bool runs_here;  // this CPU and its operating system have it
   const OptimizerKernels* optimizer;
+  const GradNormKernels* grad_norm;
 };
 
 // The sets that this build carries, from the plainest to the widest.

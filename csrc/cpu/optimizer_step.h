@@ -1,41 +1,38 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "core/dtypes.h"
 #include "core/update_rules.h"
+#include "cpu/tensor_walk.h"
 
 namespace fastopt {
-
-constexpr int kOperands = 2 + kMaxSlots;  // parameter, gradient, state slots
-constexpr int kMaxDims = 64;              // torch's limit
-
-// The unit in which work is shared out and converted. Fixed, so that an element meets the same
-// instructions, and gets the same bits, whatever the number of threads. 512 elements in fp32, five
-// operands: 10 KB of a 32 KB L1.
-constexpr int64_t kTile = 512;
 
 // A rule with the scalars of one step folded in, for one arithmetic type.
 struct BoundRule {
   alignas(16) unsigned char functor[64];
   int rule;
   WeightDecay weight_decay;
-  double decay;    // kL2: weight_decay; kDecoupled: 1 - lr * weight_decay
-  bool maximize;   // the gradient's sign is turned
-  double unscale;  // every gradient is multiplied by this first and, unless it is 1, written back
+  double decay;   // kL2: weight_decay; kDecoupled: 1 - lr * weight_decay
+  bool maximize;  // the gradient's sign is turned
 };
 
-// The order in which the elements of tensors with unlike strides are visited: dimensions from the
-// slowest to the fastest, as the parameter lies in memory, and each operand's strides in elements.
-struct Walk {
-  int dims;
-  int64_t sizes[kMaxDims];
-  int64_t strides[kOperands][kMaxDims];
+// What surrounds the update of every parameter in one step.
+struct Tail {
+  double grad_scale = 1;  // gradients are multiplied by this first: unscaled and clipped by norm
+  double clip_value = std::numeric_limits<double>::infinity();  // then brought into [-this, this]
+  bool zero_grad = false;     // and are zeros when all is done; otherwise as the update saw them
+  double average_weight = 0;  // average <- average + weight * (parameter - average), afterwards
+
+  bool changes_gradients() const {
+    return grad_scale != 1 || clip_value < std::numeric_limits<double>::infinity();
+  }
 };
 
 // The update of one parameter.
 struct StepTask {
-  void* operands[kOperands];  // parameter, gradient, state slots; [numel] each
+  void* operands[kOperands];  // [numel] each; no gradient: only the average is updated
   const Walk* walk;           // nullptr: all operands are dense and lie in the same order
   int64_t numel;
   int64_t first_tile;  // tiles of the tasks before this one
@@ -48,6 +45,7 @@ struct StepBatch {
   int64_t task_count;
   int64_t tile_count;
   const BoundRule* rules;
+  Tail tail;
   int threads;
 };
 

@@ -51,6 +51,7 @@ struct Vec {
   friend HOST_DEVICE Vec operator*(Vec a, Vec b) { return {a.value * b.value}; }
   friend HOST_DEVICE Vec operator/(Vec a, Vec b) { return {a.value / b.value}; }
   friend HOST_DEVICE Vec operator+(Vec a, T b) { return {a.value + b}; }
+  friend HOST_DEVICE Vec operator-(Vec a, T b) { return {a.value - b}; }
   friend HOST_DEVICE Vec operator*(Vec a, T b) { return {a.value * b}; }
   friend HOST_DEVICE Vec operator*(T a, Vec b) { return {a * b.value}; }
 };
@@ -60,6 +61,24 @@ HOST_DEVICE Vec<T> maximum(Vec<T> left, Vec<T> right) {
   const typename Vec<T>::Mask right_wins =
       (right.value > left.value) | (right.value != right.value);
   return {right_wins ? right.value : left.value};
+}
+
+template <class T>
+HOST_DEVICE Vec<T> minimum(Vec<T> left, Vec<T> right) {
+  const typename Vec<T>::Mask right_wins =
+      (right.value < left.value) | (right.value != right.value);
+  return {right_wins ? right.value : left.value};
+}
+
+template <class T>
+HOST_DEVICE Vec<T> magnitude(Vec<T> vector) {
+  return {vector.value < 0 ? -vector.value : vector.value};
+}
+
+template <class T>
+HOST_DEVICE Vec<T> is_nonzero(Vec<T> vector) {
+  const typename Vec<T>::Native zero{}, one = zero + 1;
+  return {vector.value != 0 ? one : zero};
 }
 
 template <class T>
@@ -158,9 +177,9 @@ HOST_DEVICE void store(BFloat16* target, Vec<float> vector) {
   // The instruction takes subnormal numbers for zeros.
   const __m512i exponent = _mm512_set1_epi32(0x7F800000);
   const __mmask16 tiny = _mm512_testn_epi32_mask((__m512i)bits, exponent);
-  if (__builtin_expect(_mm512_mask_test_epi32_mask(tiny, (__m512i)bits,
-                                                   _mm512_set1_epi32(0x007FFFFF)) == 0,
-                       true)) {
+  if (__builtin_expect(
+          _mm512_mask_test_epi32_mask(tiny, (__m512i)bits, _mm512_set1_epi32(0x007FFFFF)) == 0,
+          true)) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)vector.value);
     memcpy(target, &rounded, sizeof rounded);
     return;

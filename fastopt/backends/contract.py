@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 ParamGroup = dict[str, Any]
+
+# Of an optimizer's state: the exponential moving average of a parameter.
+AVERAGE = "ema"
 
 # State made for a step that is still to come: parameter and keys, by the parameter's id.
 Created = dict[int, tuple[Tensor, list[str]]]
@@ -35,6 +39,29 @@ class UpdateRule(NamedTuple):
     hyperparameters: tuple[float, ...]
 
 
+class Tail(NamedTuple):
+    """What surrounds the update of every parameter in one step.
+
+    Attributes:
+        grad_scale: Multiplies every gradient first: it unscales and clips by norm. A tensor of no
+            dimensions where it shall not be read on the host.
+        clip_value: Then gradients are brought into ``[-clip_value, clip_value]``.
+        zero_grad: Gradients are zeros afterwards, otherwise as the update saw them.
+        average_weight: Of the new parameter in its average; 1 copies it.
+    """
+
+    grad_scale: float | Tensor = 1.0
+    clip_value: float = math.inf
+    zero_grad: bool = False
+    average_weight: float = 0.0
+
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether the update sees other gradients than the ones given."""
+        scaled = isinstance(self.grad_scale, Tensor) or self.grad_scale != 1
+        return scaled or self.clip_value < math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class ParameterRequest:
     """May a backend step this parameter?
@@ -42,7 +69,7 @@ class ParameterRequest:
     Attributes:
         param: The parameter.
         grad: Its gradient, or None where the answer should hold for any ordinary one.
-        slots: The state tensors that exist, in the order of the rule's slots.
+        slots: The state tensors that exist, in the order of the rule's slots; then the average.
         step: What counts its steps, where the rule keeps it.
         rule: The update rule's name.
         group: The parameter group, for its flags.
@@ -62,6 +89,13 @@ class SteppedOptimizer(Protocol):
     param_groups: list[ParamGroup]
     state: Any
     defaults: dict[str, Any]
+    max_grad_norm: float | None
+    norm_type: float
+    error_if_nonfinite: bool
+    clip_value: float | None
+    zero_grad_after_step: bool
+    ema_decay: float | None
+    grad_norm: Tensor | None
     _backend: str | None
     _plan: Any
 
@@ -79,11 +113,16 @@ class SteppedOptimizer(Protocol):
 
 
 class Refusal(NamedTuple):
-    """A gradient that a plan does not take this time."""
+    """A gradient that a plan does not take this time.
+
+    ``shares_memory``: it would, were it to write the gradient's elements one by one: they, or those
+    of another tensor, lie in the same place.
+    """
 
     group: int
     place: int
     reason: str
+    shares_memory: bool = False
 
 
 class OptimizerPlan(Protocol):
@@ -92,18 +131,22 @@ class OptimizerPlan(Protocol):
     A reference back would keep a dropped optimizer's state alive until the garbage collector runs.
     """
 
-    def collect(self, optimizer: SteppedOptimizer, unscaling: bool) -> Sequence[Refusal] | None:
-        """Fetches the gradients; with ``unscaling`` they are going to be written. Changes nothing.
+    def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
+        """Fetches the gradients; with ``writing`` they are going to be written. Changes nothing.
 
         Returns:
             The gradients that the backend does not take this time, or None where the plan no longer
             describes the optimizer.
         """
 
-    def run(
-        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
-    ) -> None:
-        """Steps what ``collect`` fetched, the gradients multiplied by ``unscale`` first."""
+    def grad_norm(self, optimizer: SteppedOptimizer, order: float) -> float | Tensor | None:
+        """The norm of what ``collect`` fetched; None where that is nothing.
+
+        A number of 64 bits, or a tensor of no dimensions where reading it would wait for a device.
+        """
+
+    def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
+        """Steps what ``collect`` fetched, and moves the averages of all its parameters."""
 
     def release(self) -> None:
         """Drops what ``collect`` fetched."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastopt.backends.contract import (
     ParameterRequest,
     Refusal,
     SteppedOptimizer,
+    Tail,
     UpdateRule,
 )
 from fastopt.backends.planning import planned_parameters
@@ -27,6 +29,9 @@ DTYPES = (
     torch.complex64,
     torch.complex128,
 )
+
+# By their numbers in core/dtypes.h.
+REAL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Of tensors as the kernels see them, where a complex one has a dimension more.
 MAX_DIMS = 64
@@ -85,30 +90,82 @@ class CpuPlan:
     def __init__(self, native: _native_cpu.OptimizerPlan) -> None:
         self._native = native
 
-    def collect(self, optimizer: SteppedOptimizer, unscaling: bool) -> Sequence[Refusal] | None:
+    def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
         """Compares all that the plan knows with the optimizer and fetches the gradients."""
-        refused = self._native.collect(optimizer.param_groups, optimizer.state, unscaling)
+        refused = self._native.collect(optimizer.param_groups, optimizer.state, writing)
         if refused is None:
             return None
         return [_refusal(optimizer, *refusal) for refusal in refused]
 
-    def run(
-        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
-    ) -> None:
+    def grad_norm(self, optimizer: SteppedOptimizer, order: float) -> float | None:
+        """In double precision."""
+        grads = self._native.gradients()
+        if not grads:
+            return None
+        if order != 2 and any(grad.is_complex() for grad in grads):
+            return torch.nn.utils.get_total_norm(grads, order).item()
+        return self._native.grad_norm(order, torch.get_num_threads())
+
+    def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
         """Runs the kernels and tells autograd what they wrote."""
-        increment_version(self._native.run(rules, unscale, torch.get_num_threads()))
+        tail = tail._replace(grad_scale=float(tail.grad_scale))
+        bump_versions(self._native.run(rules, tail, torch.get_num_threads()))
 
     def release(self) -> None:
         """Drops the gradients."""
         self._native.release()
 
 
-def _refusal(optimizer: SteppedOptimizer, group: int, place: int, native_reason: str) -> Refusal:
+class GradientList:
+    """Gradients to be measured and clipped together, as they lie at this moment."""
+
+    def __init__(self, tensors: list[Tensor], of_parameters: bool) -> None:
+        self._native = _native_cpu.GradientList(tensors, of_parameters)
+
+    def refusal(self, order: float) -> str | None:
+        """Why the kernels do not compute their norm; None where they do."""
+        if MISSING_IN_TORCH or self._native.unreadable:
+            return MISSING_IN_TORCH or self._native.unreadable
+        if order != 2 and self._native.has_complex:
+            return f"norms of order {order} of complex gradients are torch's"
+        return None
+
+    def norm(self, order: float) -> Tensor:
+        """Rounded to the dtype of the gradients, as torch gives it."""
+        if not self._native.tensors:
+            return torch.tensor(0.0)
+        dtypes = [REAL_DTYPES[number] for number in self._native.dtypes]
+        norm = self._native.norm(order, torch.get_num_threads())
+        return torch.tensor(norm, dtype=functools.reduce(torch.promote_types, dtypes))
+
+    def clip(self, scale: float, clip_value: float) -> bool:
+        """Multiplies, then brings elements into ``[-clip_value, clip_value]``, in place.
+
+        Returns:
+            False where nothing was done because elements share memory.
+        """
+        if self._native.unwritable:
+            return False
+        bump_versions(self._native.clip(scale, clip_value, torch.get_num_threads()))
+        return True
+
+
+def bump_versions(written: list[Tensor]) -> None:
+    """Tells autograd that tensors have changed; inference tensors do not count."""
+    try:
+        increment_version(written)
+    except RuntimeError:
+        increment_version([tensor for tensor in written if not tensor.is_inference()])
+
+
+def _refusal(
+    optimizer: SteppedOptimizer, group: int, place: int, native_reason: str, shares_memory: bool
+) -> Refusal:
     """In the words of ``supports`` where it has some."""
     param = optimizer.param_groups[group]["params"][place]
     assert param.grad is not None
     reason = _not_plain("the gradient", param.grad) or _unlike("the gradient", param.grad, param)
-    return Refusal(group, place, reason or native_reason)
+    return Refusal(group, place, reason or native_reason, shares_memory)
 
 
 def _not_plain(what: str, tensor: Tensor) -> str | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt.backends.contract import Created, ParamGroup, SteppedOptimizer
+from fastopt.backends.contract import AVERAGE, Created, ParamGroup, SteppedOptimizer
 
 
 class Service(enum.IntEnum):
@@ -21,17 +21,18 @@ class Service(enum.IntEnum):
 
 
 class PlannedParameter(NamedTuple):
-    """A parameter in a plan; the last three fields count where it is served."""
+    """A parameter in a plan; the last four fields count where it is served."""
 
     param: Tensor
     service: Service
     slots: tuple[Tensor, ...] = ()
     step: Tensor | None = None
+    average: Tensor | None = None
     is_new: bool = False
 
 
 def make_missing_state(optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]) -> Created:
-    """Makes zeros for the state that the marked parameters with gradients lack.
+    """Makes the state that the marked parameters with gradients lack: zeros, and averages.
 
     Returns:
         What was made: parameters and keys, by the parameter's id, for ``undo_state``.
@@ -42,10 +43,15 @@ def make_missing_state(optimizer: SteppedOptimizer, served: Sequence[Sequence[bo
             if not mine or param.grad is None:
                 continue
             for key in missing_keys(optimizer, group, param):
-                zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
-                optimizer.state[param][key] = zeros
+                make = new_average if key == AVERAGE else torch.zeros_like
+                optimizer.state[param][key] = make(param)
                 created.setdefault(id(param), (param, []))[1].append(key)
     return created
+
+
+def new_average(param: Tensor) -> Tensor:
+    """What a parameter's average is before its first step."""
+    return param.detach().clone(memory_format=torch.preserve_format)
 
 
 def undo_state(optimizer: SteppedOptimizer, param: Tensor, keys: Sequence[str]) -> None:
@@ -58,9 +64,12 @@ def undo_state(optimizer: SteppedOptimizer, param: Tensor, keys: Sequence[str]) 
 
 
 def missing_keys(optimizer: SteppedOptimizer, group: ParamGroup, param: Tensor) -> list[str]:
-    """The state tensors that the group's rule needs and the parameter has not got."""
+    """The state tensors that the step of a group needs and the parameter has not got."""
     state = optimizer.state.get(param, {})
-    return [key for key in optimizer._state_keys(group) if state.get(key) is None]
+    keys = optimizer._state_keys(group)
+    if optimizer.ema_decay is not None:
+        keys += (AVERAGE,)
+    return [key for key in keys if state.get(key) is None]
 
 
 def planned_parameters(
@@ -87,4 +96,7 @@ def _planned(
         return PlannedParameter(param, Service.WITHOUT_STATE)
     state = optimizer.state.get(param, {})
     slots = tuple([state[key] for key in optimizer._state_keys(group)])
-    return PlannedParameter(param, Service.SERVED, slots, state.get("step"), id(param) in created)
+    average = None if optimizer.ema_decay is None else state[AVERAGE]
+    _, made = created.get(id(param), (param, []))
+    is_new = any(key != AVERAGE for key in made)
+    return PlannedParameter(param, Service.SERVED, slots, state.get("step"), average, is_new)

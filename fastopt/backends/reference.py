@@ -17,6 +17,7 @@ from fastopt.backends.contract import (
     ParameterRequest,
     Refusal,
     SteppedOptimizer,
+    Tail,
     UpdateRule,
     WeightDecay,
 )
@@ -109,6 +110,34 @@ def update(
     return RULES[rule.name](param, grad, slots, rule.hyperparameters, step)
 
 
+def surrounded_update(
+    param: Tensor,
+    grad: Tensor,
+    slots: Slots,
+    average: Tensor | None,
+    rule: UpdateRule,
+    step: int,
+    tail: Tail,
+) -> tuple[Tensor, Tensor, Slots, Tensor | None]:
+    """The whole tail of a training step, on real tensors of any one dtype.
+
+    Returns:
+        The new parameter, gradient, state and average.
+    """
+    grad = (grad * tail.grad_scale).clamp(-tail.clip_value, tail.clip_value)
+    param, slots = update(param, grad, slots, rule, step)
+    if average is not None:
+        average = average + tail.average_weight * (param - average)
+    return param, torch.zeros_like(grad) if tail.zero_grad else grad, slots, average
+
+
+def total_norm(grads: Sequence[Tensor], order: float) -> Tensor:
+    """The norm of the norms, as torch.nn.utils.get_total_norm has it."""
+    norms = torch.stack([torch.linalg.vector_norm(grad.double(), order) for grad in grads])
+    norm: Tensor = torch.linalg.vector_norm(norms, order)
+    return norm
+
+
 class ReferenceBackend:
     """Slow and plain."""
 
@@ -146,39 +175,55 @@ class ReferencePlan:
         self._groups = groups
         self._used = False
 
-    def collect(self, optimizer: SteppedOptimizer, unscaling: bool) -> Sequence[Refusal] | None:
+    def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
         """Nothing is fetched."""
         return None if self._used else ()
 
     @torch.no_grad()
-    def run(
-        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
-    ) -> None:
+    def grad_norm(self, optimizer: SteppedOptimizer, order: float) -> float | None:
+        """In double precision; complex tensors by their absolute values."""
+        grads = [planned.param.grad for group in self._groups for planned in group]
+        there = [grad.abs() if grad.is_complex() else grad for grad in grads if grad is not None]
+        return total_norm(there, order).item() if there else None
+
+    @torch.no_grad()
+    def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
         """Computes in double precision and rounds once, when storing."""
         self._used = True
         for rule, group in zip(rules, self._groups, strict=True):
             for planned in group:
-                if planned.service is Service.SERVED and planned.param.grad is not None:
-                    _step_parameter(planned, rule, unscale)
+                if planned.service is Service.SERVED:
+                    _step_parameter(planned, rule, tail)
 
     def release(self) -> None:
         """Nothing is held."""
 
 
-def _step_parameter(planned: PlannedParameter, rule: UpdateRule, unscale: float) -> None:
-    grad = planned.param.grad
-    assert grad is not None
-    if unscale != 1:
-        grad.mul_(unscale)
+def _step_parameter(planned: PlannedParameter, rule: UpdateRule, tail: Tail) -> None:
+    param, grad, average = planned.param, planned.param.grad, planned.average
+    if grad is None:
+        if average is not None:
+            average.copy_(average + tail.average_weight * (param - average))
+        return
     step = 1 if planned.is_new else 2
     if planned.step is not None:
         planned.step.add_(1)
         step = int(planned.step.item())
-    old = [_widened(tensor) for tensor in (planned.param, grad, *planned.slots)]
-    new_param, new_slots = update(old[0], old[1], old[2:], rule, step)
-    for tensor, value in zip((planned.param, *planned.slots), (new_param, *new_slots), strict=True):
-        target = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        target.copy_(value)
+    old_param, old_grad, *old_slots = [_widened(t) for t in (param, grad, *planned.slots)]
+    old_average = None if average is None else _widened(average)
+    new_param, new_grad, new_slots, new_average = surrounded_update(
+        old_param, old_grad, old_slots, old_average, rule, step, tail
+    )
+    for tensor, value in zip((param, *planned.slots), (new_param, *new_slots), strict=True):
+        _real(tensor).copy_(value)
+    if average is not None and new_average is not None:
+        _real(average).copy_(new_average)
+    if tail.zero_grad or tail.changes_gradients:
+        _real(grad).copy_(new_grad)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastopt.backends.contract import (
+    AVERAGE,
     Created,
     ParameterRequest,
     ParamGroup,
     Refusal,
     SteppedOptimizer,
+    Tail,
     UpdateRule,
 )
-from fastopt.backends.planning import members
+from fastopt.backends.planning import members, new_average
 
 
 class TorchBackend:
@@ -44,7 +47,7 @@ class TorchPlan:
         self._params = [list(group["params"]) for group in optimizer.param_groups]
         self._served = served
 
-    def collect(self, optimizer: SteppedOptimizer, unscaling: bool) -> Sequence[Refusal] | None:
+    def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
         """Torch reads the gradients itself; only the groups are compared."""
         groups = optimizer.param_groups
         if len(groups) != len(self._params):
@@ -54,26 +57,103 @@ class TorchPlan:
                 return None
             if any(new is not old for new, old in zip(group["params"], params, strict=True)):
                 return None
-        return ()
+        return list(self._shared_gradients(groups)) if writing else ()
 
-    def run(
-        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
-    ) -> None:
-        """Unscales the gradients, which torch's for-loop does not, and steps."""
+    def _shared_gradients(self, groups: list[ParamGroup]) -> Iterator[Refusal]:
+        seen = set()
+        for number, (group, marks) in enumerate(zip(groups, self._served, strict=True)):
+            for place, (param, mine) in enumerate(members(group, marks)):
+                grad = param.grad
+                if not mine or grad is None or grad.layout is not torch.strided or not grad.numel():
+                    continue
+                address = grad.data_ptr()
+                if (
+                    address in seen
+                    or address == param.data_ptr()
+                    or torch._debug_has_internal_overlap(grad)
+                ):
+                    yield Refusal(number, place, "the gradient shares memory", True)
+                seen.add(address)
+
+    def grad_norm(self, optimizer: SteppedOptimizer, order: float) -> Tensor | None:
+        """Torch's ``get_total_norm``; of a sparse gradient, of its values."""
+        grads = [
+            _values(param)
+            for group, marks in zip(optimizer.param_groups, self._served, strict=True)
+            for param, mine in members(group, marks)
+            if mine and param.grad is not None
+        ]
+        return torch.nn.utils.get_total_norm(grads, order) if grads else None
+
+    def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
+        """Steps with torch's for-loop, and does what surrounds it with torch's operations."""
+        averages = self._averages(optimizer)
         for group, marks in zip(optimizer.param_groups, self._served, strict=True):
             params = [p for p, mine in members(group, marks) if mine and p.grad is not None]
             if not params:
                 continue
-            if unscale != 1:
-                with torch.no_grad():
-                    torch._foreach_mul_([p.grad for p in params if p.grad is not None], unscale)
+            if tail.changes_gradients:
+                _change_gradients(params, tail)
             differentiable = optimizer.defaults.get("differentiable", False)
             with torch.set_grad_enabled(differentiable):
                 for part in _safe_groups(group, params):
                     optimizer._torch_step(part)
+            if tail.zero_grad:
+                _zero_gradients(params)
+        with torch.no_grad():
+            for param, average in averages:
+                optimizer.state[param][AVERAGE] = average
+                if tail.average_weight == 1:  # lerp_ would make a NaN of an infinity
+                    average.copy_(param)
+                else:
+                    average.lerp_(param, tail.average_weight)
+
+    def _averages(self, optimizer: SteppedOptimizer) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that have an average, or get their first one with this step."""
+        if optimizer.ema_decay is None:
+            return []
+        averages = []
+        for group, marks in zip(optimizer.param_groups, self._served, strict=True):
+            for param, mine in members(group, marks):
+                average = optimizer.state.get(param, {}).get(AVERAGE)
+                if mine and (average is not None or param.grad is not None):
+                    averages.append((param, new_average(param) if average is None else average))
+        return averages
 
     def release(self) -> None:
         """Nothing was fetched."""
+
+
+def _values(param: Tensor) -> Tensor:
+    """The gradient's elements; what is written to them is written to the gradient."""
+    grad = param.grad
+    assert grad is not None
+    if grad.layout is torch.sparse_coo:
+        param.grad = grad = grad.coalesce()
+        return grad._values()
+    if grad.is_conj() or grad.is_neg():
+        param.grad = grad = grad.resolve_conj().resolve_neg()
+    return grad
+
+
+@torch.no_grad()
+def _change_gradients(params: list[Tensor], tail: Tail) -> None:
+    grads = [_values(param) for param in params]
+    if isinstance(tail.grad_scale, Tensor):
+        for grad in grads:
+            grad.mul_(tail.grad_scale.to(grad.device))
+    elif tail.grad_scale != 1:
+        torch._foreach_mul_(grads, tail.grad_scale)
+    if tail.clip_value < math.inf:
+        for grad in grads:
+            real = torch.view_as_real(grad) if grad.is_complex() else grad
+            real.clamp_(-tail.clip_value, tail.clip_value)
+
+
+@torch.no_grad()
+def _zero_gradients(params: list[Tensor]) -> None:
+    for param in params:
+        _values(param).zero_()
 
 
 def _safe_groups(group: ParamGroup, params: list[Tensor]) -> list[ParamGroup]:

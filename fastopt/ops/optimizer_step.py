@@ -2,50 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastopt.backends import registry
 from fastopt.backends.contract import (
+    AVERAGE,
     OptimizerPlan,
     ParameterRequest,
     ParamGroup,
     Refusal,
     SteppedOptimizer,
+    Tail,
     UpdateRule,
 )
 from fastopt.backends.planning import make_missing_state, undo_state
 from fastopt.backends.stock import TorchPlan
+from fastopt.ops.grad_norm import clip_coefficient, joined_norm, refuse_nonfinite
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def optimizer_step(optimizer: SteppedOptimizer) -> None:
-    """Steps every parameter that has a gradient.
+    """Steps every parameter that has a gradient, and does what its options say before and after.
 
     Honours torch's protocol for gradient scalers: with a nonzero ``found_inf`` nothing is stepped
     or counted; gradients are divided by ``grad_scale`` and left so.
 
     Raises:
-        RuntimeError: The backend that the user named does not take a parameter or its gradient.
-            Besides, whatever stock raises. No parameter and no state has been changed then.
+        RuntimeError: The backend that the user named does not take a parameter or its gradient; the
+            norm is not finite and ``error_if_nonfinite`` is set. Besides, whatever stock raises. No
+            parameter and no state has been changed then.
     """
     if step_is_skipped(optimizer):
         for group in optimizer.param_groups:
             optimizer._prepare(group)
         return
-    unscale = _unscale_factor(optimizer)
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     rules = tuple([optimizer._update_rule(group) for group in optimizer.param_groups])
+    writing = unscale != 1 or _changes_gradients(optimizer)
 
     plan = optimizer._plan
-    if plan is None or not plan.collect(optimizer, rules, unscale):
+    if plan is None or not plan.collect(optimizer, rules, writing):
         plan = optimizer._plan = None  # frees the state that only the old plan holds
         plan = StepPlan(optimizer, rules)
-        if not plan.collect(optimizer, rules, unscale):
+        if not plan.collect(optimizer, rules, writing):
             raise RuntimeError("the optimizer changed while its step was being planned")
         optimizer._plan = plan
     plan.run(optimizer, rules, unscale)
+
+
+def traced_step(optimizer: SteppedOptimizer) -> None:
+    """The step in torch's operations alone, for ``torch.compile``."""
+    begins = averages_begin(optimizer)
+    everything = [[True] * len(group["params"]) for group in optimizer.param_groups]
+    plan = TorchPlan(optimizer, everything)
+    plan.run(optimizer, (), _tail(optimizer, [plan], 1.0, begins))
+
+
+def averages_begin(optimizer: SteppedOptimizer) -> bool:
+    """Whether the next step is the first one that is averaged, which copies."""
+    return not any(AVERAGE in state for state in optimizer.state.values())
+
+
+def _changes_gradients(optimizer: SteppedOptimizer) -> bool:
+    return (
+        optimizer.max_grad_norm is not None
+        or optimizer.clip_value is not None
+        or optimizer.zero_grad_after_step
+    )
+
+
+def _tail(
+    optimizer: SteppedOptimizer,
+    parts: Sequence[OptimizerPlan],
+    unscale: float,
+    averages_begin: bool,
+) -> Tail:
+    """Measures the gradients where they are to be clipped by norm, and sums the options up.
+
+    Raises:
+        RuntimeError: The norm is not finite and ``error_if_nonfinite`` is set.
+    """
+    scale: float | Tensor = unscale
+    if optimizer.max_grad_norm is not None:
+        order = optimizer.norm_type
+        norms = [part.grad_norm(optimizer, order) for part in parts]
+        norm = joined_norm([norm for norm in norms if norm is not None], order)
+        if order != 0:
+            norm = norm * unscale
+        if optimizer.error_if_nonfinite:
+            refuse_nonfinite(norm, order)
+        optimizer.grad_norm = torch.as_tensor(norm, dtype=_norm_dtype(optimizer))
+        scale = unscale * clip_coefficient(optimizer.max_grad_norm, norm)
+    decay = optimizer.ema_decay
+    return Tail(
+        grad_scale=scale,
+        clip_value=math.inf if optimizer.clip_value is None else optimizer.clip_value,
+        zero_grad=optimizer.zero_grad_after_step,
+        average_weight=1.0 if averages_begin or decay is None else 1 - decay,
+    )
+
+
+def _norm_dtype(optimizer: SteppedOptimizer) -> torch.dtype:
+    """Of the parameters all together, as torch.nn.utils.clip_grad_norm_ gives it."""
+    dtypes = {param.dtype for group in optimizer.param_groups for param in group["params"]}
+    dtype: torch.dtype = functools.reduce(torch.promote_types, dtypes).to_real()
+    return dtype
 
 
 def step_is_skipped(optimizer: SteppedOptimizer) -> bool:
@@ -70,28 +137,13 @@ def unscale_gradients(optimizer: SteppedOptimizer) -> None:
     optimizer.grad_scale = None  # type: ignore[attr-defined]
 
 
-def _unscale_factor(optimizer: SteppedOptimizer) -> float:
-    """What the kernels multiply gradients by; 1 where that is done here, one after the other.
-
-    The kernels write each gradient once and at its own place, so it must share memory with none.
-    """
-    grad_scale = getattr(optimizer, "grad_scale", None)
-    if grad_scale is None:
-        return 1.0
-    addresses = []
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is None or param.grad.layout is not torch.strided:
-                continue
-            if param.grad.numel():
-                addresses += [param.grad.data_ptr(), param.data_ptr()]
-            if _may_share_elements(param.grad):
-                unscale_gradients(optimizer)
-                return 1.0
-    if len(set(addresses)) < len(addresses):
-        unscale_gradients(optimizer)
-        return 1.0
-    return 1.0 / float(grad_scale)
+def _separate_gradients(optimizer: SteppedOptimizer, refusals: Sequence[Refusal]) -> bool:
+    """Gives gradients that are to be written memory of their own, where they have none."""
+    shared = [refusal for refusal in refusals if refusal.shares_memory]
+    for group, place, *_ in shared:
+        param = optimizer.param_groups[group]["params"][place]
+        param.grad = param.grad.clone(memory_format=torch.contiguous_format)
+    return bool(shared)
 
 
 def _may_share_elements(grad: Tensor) -> bool:
@@ -112,6 +164,7 @@ class StepPlan:
             [registry.choose(request, requested) for request in requests(optimizer, group, rule)]
             for group, rule in zip(optimizer.param_groups, rules, strict=True)
         ]
+        self._averages_begin = averages_begin(optimizer)
         for group in optimizer.param_groups:
             optimizer._prepare(group)
         makes_state = [[backend.name != "torch" for backend in group] for group in chosen]
@@ -130,7 +183,7 @@ class StepPlan:
             raise
 
     def collect(
-        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
+        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], writing: bool
     ) -> bool:
         """Fetches the gradients of a step. False: the optimizer is no longer as planned."""
         if self._key != _key(optimizer, rules):
@@ -139,7 +192,9 @@ class StepPlan:
         refusals: list[Refusal] = []
         try:
             for part in self._parts:
-                refused = part.collect(optimizer, unscale != 1)
+                refused = part.collect(optimizer, writing)
+                if writing and refused and _separate_gradients(optimizer, refused):
+                    refused = part.collect(optimizer, writing)
                 if refused is None:
                     self._release()
                     return False
@@ -155,14 +210,16 @@ class StepPlan:
     def run(
         self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
     ) -> None:
-        """Steps what ``collect`` fetched."""
+        """Steps what ``collect`` fetched, its gradients multiplied by ``unscale``."""
         try:
+            tail = _tail(optimizer, self._this_step, unscale, self._averages_begin)
             for part in self._this_step:
-                part.run(optimizer, rules, unscale)
+                part.run(optimizer, rules, tail)
         except BaseException:
             self._give_up(optimizer)
             raise
         self._created = {}
+        self._averages_begin = False
 
     def _release(self) -> None:
         for part in self._parts:
@@ -180,7 +237,7 @@ class StepPlan:
     def _hand_to_torch(self, optimizer: SteppedOptimizer, refusals: list[Refusal]) -> None:
         groups = optimizer.param_groups
         marks = [[False] * len(group["params"]) for group in groups]
-        for group, place, reason in refusals:
+        for group, place, reason, _ in refusals:
             param = groups[group]["params"][place]
             if not self._falls_back:
                 name = registry.requested(optimizer._backend)
@@ -196,7 +253,8 @@ class StepPlan:
 
 def _key(optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...]) -> list[object]:
     """What the choice of backends hangs on besides the tensors."""
-    key: list[object] = [optimizer._backend, registry.context_choice()]
+    averages = optimizer.ema_decay is not None
+    key: list[object] = [optimizer._backend, registry.context_choice(), averages]
     for group, rule in zip(optimizer.param_groups, rules, strict=True):
         key += (rule.name, group.get("capturable"), group.get("differentiable"))
     return key
@@ -206,7 +264,7 @@ def requests(
     optimizer: SteppedOptimizer, group: ParamGroup, rule: UpdateRule, with_gradients: bool = False
 ) -> Iterator[ParameterRequest]:
     """What the step of a group asks of a backend, parameter by parameter."""
-    keys = optimizer._state_keys(group)
+    keys = (*optimizer._state_keys(group), AVERAGE)
     for param in group["params"]:
         state = optimizer.state.get(param, {})
         slots = tuple([state[key] for key in keys if isinstance(state.get(key), Tensor)])

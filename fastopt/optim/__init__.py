@@ -4,7 +4,8 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from fastopt.optim.adam import Adam
 from fastopt.optim.adamw import AdamW
+from fastopt.optim.fused_optimizer import Options
 from fastopt.optim.lion import Lion
 from fastopt.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion", "Optimizer", "lr_scheduler", "swa_utils"]
+__all__ = ["SGD", "Adam", "AdamW", "Lion", "Optimizer", "Options", "lr_scheduler", "swa_utils"]

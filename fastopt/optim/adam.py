@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule
-from fastopt.optim.fused_optimizer import FusedOptimizer, scalar, weight_decay_of
+from fastopt.optim.fused_optimizer import FusedOptimizer, Options, scalar, weight_decay_of
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -35,11 +36,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: Let autograd record the step; torch's own implementation steps then.
         fused: Accepted and checked as torch does; the kernels do not depend on it.
         decoupled_weight_decay: Decay as AdamW does.
-        backend: ``auto``, ``cpu``, ``torch`` or ``reference``; None leaves it to
-            :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
+        options: What surrounds the update, and the backend; see
+            :class:`fastopt.optim.Options`.
 
     Raises:
-        ValueError: A hyperparameter is out of range, as in torch, or no backend is called so.
+        ValueError: A hyperparameter is out of range, as in torch.
         RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
     """
 
@@ -58,9 +59,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self._choose_backend(backend)
+        self._take_options(options)
         super().__init__(
             params,
             lr,

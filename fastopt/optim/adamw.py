@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fastopt.optim.adam import Adam
+from fastopt.optim.fused_optimizer import Options
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -27,11 +29,11 @@ class AdamW(Adam, torch.optim.AdamW):
         capturable: For accelerators' graphs; torch's own implementation steps then.
         differentiable: Let autograd record the step; torch's own implementation steps then.
         fused: Accepted and checked as torch does; the kernels do not depend on it.
-        backend: ``auto``, ``cpu``, ``torch`` or ``reference``; None leaves it to
-            :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
+        options: What surrounds the update, and the backend; see
+            :class:`fastopt.optim.Options`.
 
     Raises:
-        ValueError: A hyperparameter is out of range, as in torch, or no backend is called so.
+        ValueError: A hyperparameter is out of range, as in torch.
         RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
     """
 
@@ -49,9 +51,9 @@ class AdamW(Adam, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self._choose_backend(backend)
+        self._take_options(options)
         torch.optim.AdamW.__init__(
             self,
             params,

@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
-from fastopt.backends.contract import ParamGroup, UpdateRule, WeightDecay
+from fastopt.backends.contract import AVERAGE, ParamGroup, UpdateRule, WeightDecay
 from fastopt.backends.registry import check_name
-from fastopt.backends.stock import TorchPlan
-from fastopt.ops.optimizer_step import optimizer_step, step_is_skipped, unscale_gradients
+from fastopt.ops.optimizer_step import (
+    optimizer_step,
+    step_is_skipped,
+    traced_step,
+    unscale_gradients,
+)
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every optimizer, and attributes that may be changed between steps.
+
+    The gradients of a step are unscaled, clipped by norm, then by value; parameters are updated,
+    gradients zeroed, averages moved: in one pass over memory, after one that measures the norm.
+
+    Attributes:
+        max_grad_norm: Clip the gradients of all groups together to this norm, as
+            :func:`torch.nn.utils.clip_grad_norm_` does. The norm before clipping is
+            ``optimizer.grad_norm`` afterwards.
+        norm_type: Order of that norm.
+        error_if_nonfinite: Raise, and change nothing, where that norm is infinite or NaN.
+        clip_value: Clip each element of the gradients to ``[-clip_value, clip_value]``; real and
+            imaginary parts each.
+        zero_grad_after_step: Fill the gradients with zeros once they have been used.
+        ema_decay: Keep an exponential moving average of each parameter, as
+            :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn(ema_decay)``
+            updated after each step. It is the parameter's state ``"ema"``.
+        backend: ``auto``, ``cpu``, ``torch`` or ``reference``; None leaves it to
+            :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
+    """
+
+    max_grad_norm: float | None
+    norm_type: float
+    error_if_nonfinite: bool
+    clip_value: float | None
+    zero_grad_after_step: bool
+    ema_decay: float | None
+    backend: str | None
 
 
 def observed(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,14 +93,28 @@ class FusedOptimizer(Optimizer):
 
     # Read by torch.amp.GradScaler, which then leaves unscaling and skipping to step().
     _step_supports_amp_scaling = True
-    _backend: str | None = None
     _plan: Any = None
+    _in_average = False
+
+    # Options, with their defaults.
+    max_grad_norm: float | None = None
+    norm_type: float = 2.0
+    error_if_nonfinite: bool = False
+    clip_value: float | None = None
+    zero_grad_after_step: bool = False
+    ema_decay: float | None = None
+    _backend: str | None = None
+
+    grad_norm: Tensor | None = None
+    """The norm of the last step's gradients before clipping, where ``max_grad_norm`` is set."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A step that is overridden may look at gradients: a scaler has to unscale them before."""
         super().__init_subclass__(**kwargs)
         if "step" in vars(cls):
             cls._step_supports_amp_scaling = False
+        if "__init__" in vars(cls):
+            cls.__signature__ = _with_options(cls)  # type: ignore[attr-defined]
 
     def _update_rule(self, group: ParamGroup) -> UpdateRule:
         """The row of ``csrc/core/update_rules.h`` that a group runs, with its present numbers."""
@@ -79,13 +131,33 @@ class FusedOptimizer(Optimizer):
         """Steps the group's parameters, which all have gradients, with torch's own code."""
         raise TypeError(f"{type(self).__name__} has to define _torch_step")
 
-    def _choose_backend(self, name: str | None) -> None:
-        """Takes the constructor's ``backend``.
+    def _take_options(self, options: Options) -> None:
+        """Takes the constructor's keywords of ``Options``.
 
         Raises:
-            ValueError: No backend is called so.
+            TypeError: There is no such option.
+            ValueError: A value is out of range, or no backend is called so.
         """
-        self._backend = None if name is None else check_name(name)
+        for name, value in options.items():
+            if name not in Options.__annotations__:
+                raise TypeError(
+                    f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}"
+                )
+            setattr(self, "_backend" if name == "backend" else name, value)
+        if self._backend is not None:
+            check_name(self._backend)
+        for name in ("max_grad_norm", "clip_value"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"Invalid {name} value: {value}")
+        self.norm_type = float(self.norm_type)
+        if math.isnan(self.norm_type):
+            raise ValueError(f"Invalid norm_type value: {self.norm_type}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
+            raise ValueError(
+                f"Invalid decay value {self.ema_decay} provided. "
+                "Please provide a value in [0,1] range."
+            )
 
     @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -101,25 +173,111 @@ class FusedOptimizer(Optimizer):
             RuntimeError: The backend that was named does not take a parameter; see
                 ``fastopt.explain``.
         """
+        self._refuse_inside_average("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            everything = [[True] * len(group["params"]) for group in self.param_groups]
-            TorchPlan(self, everything).run(self, (), 1.0)
+            traced_step(self)
         else:
             optimizer_step(self)
         return loss
 
+    def ema_parameters(self) -> list[Tensor]:
+        """The averages, in the order of the parameters in their groups.
+
+        A parameter that has not been stepped yet stands for its own average.
+
+        Raises:
+            RuntimeError: The optimizer keeps no averages.
+        """
+        self._refuse_inside_average("ema_parameters()")
+        if self.ema_decay is None:
+            raise RuntimeError("no averages are kept: ema_decay is None")
+        params = [param for group in self.param_groups for param in group["params"]]
+        return [self.state.get(param, {}).get(AVERAGE, param.detach()) for param in params]
+
+    @contextmanager
+    def average_parameters(self) -> Iterator[None]:
+        """Exchanges parameters and averages for the time of a ``with`` block, for evaluation.
+
+        Raises:
+            RuntimeError: The optimizer keeps no averages, or the block is open already.
+        """
+        averages = self.ema_parameters()
+        params = [param for group in self.param_groups for param in group["params"]]
+        pairs = [
+            (param, average)
+            for param, average in zip(params, averages, strict=True)
+            if AVERAGE in self.state.get(param, {})
+        ]
+        _exchange(pairs)
+        self._in_average = True
+        try:
+            yield
+        finally:
+            self._in_average = False
+            _exchange(pairs)
+
+    def _refuse_inside_average(self, what: str) -> None:
+        if self._in_average:
+            raise RuntimeError(
+                f"{what} inside average_parameters(), where parameters are exchanged for averages"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's.
+
+        Raises:
+            RuntimeError: Inside ``average_parameters()``.
+        """
+        self._refuse_inside_average("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Torch's.
+
+        Raises:
+            RuntimeError: Inside ``average_parameters()``. Besides, what torch raises.
+        """
+        self._refuse_inside_average("load_state_dict()")
+        super().load_state_dict(state_dict)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Torch's, with the choice of a backend."""
-        return {**super().__getstate__(), "_backend": self._backend}
+        """Torch's, with the options."""
+        self._refuse_inside_average("a copy")
+        own = {name: value for name, value in vars(self).items() if name in _KEPT}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Torch's; what was planned for the old state is dropped."""
         super().__setstate__(state)
         self._plan = None
+
+
+_KEPT = ({*Options.__annotations__} - {"backend"}) | {"_backend"}
+
+
+def _with_options(cls: type[FusedOptimizer]) -> inspect.Signature:
+    """The constructor's signature with each option by its name, for ``help`` and editors."""
+    signature = inspect.signature(cls.__init__)
+    own = list(signature.parameters.values())[1:]
+    named = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+    if len(named) < len(own):
+        for name, annotation in Options.__annotations__.items():
+            default = getattr(FusedOptimizer, "_backend" if name == "backend" else name)
+            kind = inspect.Parameter.KEYWORD_ONLY
+            named.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
+    return signature.replace(parameters=named)
+
+
+@torch.no_grad()
+def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for left, right in pairs:
+        kept = left.detach().clone()
+        left.copy_(right)
+        right.copy_(kept)
 
 
 def scalar(value: float | Tensor) -> float:

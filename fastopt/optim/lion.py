@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule
-from fastopt.optim.fused_optimizer import FusedOptimizer, scalar, weight_decay_of
+from fastopt.optim.fused_optimizer import FusedOptimizer, Options, scalar, weight_decay_of
 
 
 class Lion(FusedOptimizer):
@@ -27,11 +28,11 @@ class Lion(FusedOptimizer):
         betas: Decay rates of the moment, in the update and in the moment itself.
         weight_decay: Decay per unit of the learning rate, decoupled.
         maximize: Ascend instead of descend.
-        backend: ``auto``, ``cpu``, ``torch`` or ``reference``; None leaves it to
-            :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
+        options: What surrounds the update, and the backend; see
+            :class:`fastopt.optim.Options`.
 
     Raises:
-        ValueError: A hyperparameter is out of range, or no backend is called so.
+        ValueError: A hyperparameter is out of range.
     """
 
     def __init__(
@@ -42,9 +43,9 @@ class Lion(FusedOptimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self._choose_backend(backend)
+        self._take_options(options)
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if not lr >= 0:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
+from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule
-from fastopt.optim.fused_optimizer import FusedOptimizer, scalar, weight_decay_of
+from fastopt.optim.fused_optimizer import FusedOptimizer, Options, scalar, weight_decay_of
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -44,11 +45,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: Accepted and checked as torch does; the kernels do not depend on it.
         classical_momentum: The velocity contains the learning rate. An option of a group as well.
             A checkpoint says so; torch ignores the entry and would take the velocity for its own.
-        backend: ``auto``, ``cpu``, ``torch`` or ``reference``; None leaves it to
-            :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
+        options: What surrounds the update, and the backend; see
+            :class:`fastopt.optim.Options`.
 
     Raises:
-        ValueError: A hyperparameter is out of range, as in torch, or no backend is called so;
+        ValueError: A hyperparameter is out of range, as in torch;
             ``classical_momentum`` without momentum or with dampening.
         RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
     """
@@ -67,9 +68,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         classical_momentum: bool = False,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self._choose_backend(backend)
+        self._take_options(options)
         if classical_momentum and (momentum <= 0 or dampening != 0):
             raise ValueError("Classical momentum requires a momentum and zero dampening")
         super().__init__(

@@ -1,0 +1,214 @@
+// Norm and clipping of a list of gradients, each in one parallel region.
+
+#include "cpu/grad_norm.h"
+
+#include <cmath>
+
+#include "core/update_rules.h"
+#include "cpu/portions.h"
+#include "cpu/simd.h"
+
+FASTOPT_BEGIN_NAMESPACE
+
+namespace {
+
+// What an order does with the next magnitude, and with two results.
+struct SumOfSquares {
+  static constexpr double kStart = 0;
+  template <class V>
+  HOST_DEVICE V add(V sum, V x) const {
+    return sum + x * x;
+  }
+  template <class V>
+  HOST_DEVICE V join(V left, V right) const {
+    return left + right;
+  }
+};
+struct Sum : SumOfSquares {
+  template <class V>
+  HOST_DEVICE V add(V sum, V x) const {
+    return sum + magnitude(x);
+  }
+};
+struct NonZeros : SumOfSquares {
+  template <class V>
+  HOST_DEVICE V add(V sum, V x) const {
+    return sum + is_nonzero(x);
+  }
+};
+struct Largest {
+  static constexpr double kStart = 0;
+  template <class V>
+  HOST_DEVICE V add(V largest, V x) const {
+    return maximum(largest, magnitude(x));
+  }
+  template <class V>
+  HOST_DEVICE V join(V left, V right) const {
+    return maximum(left, right);
+  }
+};
+struct Smallest {
+  static constexpr double kStart = INFINITY;
+  template <class V>
+  HOST_DEVICE V add(V smallest, V x) const {
+    return minimum(smallest, magnitude(x));
+  }
+  template <class V>
+  HOST_DEVICE V join(V left, V right) const {
+    return minimum(left, right);
+  }
+};
+struct SumOfPowers : SumOfSquares {
+  double order;
+
+  HOST_DEVICE double add(double sum, double x) const { return sum + std::pow(std::fabs(x), order); }
+  HOST_DEVICE Vec<double> add(Vec<double> sum, Vec<double> x) const {
+    for (int i = 0; i < Vec<double>::kWidth; ++i) sum.value[i] = add(sum.value[i], x.value[i]);
+    return sum;
+  }
+};
+
+// The doubles in a vector of T.
+template <class T>
+constexpr int kDoubles = Vec<T>::kWidth / Vec<double>::kWidth;
+
+HOST_DEVICE void widen(Vec<double> vector, Vec<double>* halves) { halves[0] = vector; }
+HOST_DEVICE void widen(Vec<float> vector, Vec<double>* halves) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half parts[2];
+  memcpy(parts, &vector, sizeof vector);
+  for (int h = 0; h < 2; ++h) {
+    halves[h] = {__builtin_convertvector(parts[h], Vec<double>::Native)};
+  }
+}
+
+template <class Order, class Storage>
+double reduce_run(const Order& order, const Storage* data, int64_t n) {
+  using T = ComputeType<Storage>;
+  constexpr int kUnroll = 4;  // an addition takes four cycles
+  Vec<double> sums[kUnroll];
+#pragma GCC unroll 4
+  for (int u = 0; u < kUnroll; ++u) sums[u] = Vec<double>{Order::kStart + Vec<double>::Native{}};
+  constexpr int kVectors = kUnroll / kDoubles<T>;
+  constexpr int64_t kStep = kVectors * Vec<T>::kWidth;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kVectors; ++k) {
+      Vec<double> parts[kDoubles<T>];
+      widen(load_as<Vec<T>>(data + i + k * Vec<T>::kWidth), parts);
+#pragma GCC unroll 2
+      for (int h = 0; h < kDoubles<T>; ++h) {
+        Vec<double>& sum = sums[k * kDoubles<T> + h];
+        sum = order.add(sum, parts[h]);
+      }
+    }
+  }
+  double result = Order::kStart;
+  for (; i < n; ++i) result = order.add(result, static_cast<double>(load_as<T>(data + i)));
+#pragma GCC unroll 4
+  for (int u = 1; u < kUnroll; ++u) sums[0] = order.join(sums[0], sums[u]);
+  for (int lane = 0; lane < Vec<double>::kWidth; ++lane) {
+    result = order.join(result, static_cast<double>(sums[0].value[lane]));
+  }
+  return result;
+}
+
+// The `chunk`-th part of a task.
+template <class Order, class Storage>
+double reduce_chunk(const Order& order, const GradTask& task, int64_t chunk) {
+  const int64_t start = chunk * kNormTiles * kTile;
+  const int64_t left = task.numel - start;
+  const int64_t n = left < kNormTiles * kTile ? left : kNormTiles * kTile;
+  if (!task.walk) return reduce_run(order, static_cast<const Storage*>(task.data) + start, n);
+  double result = Order::kStart;
+  for (int64_t done = 0; done < n; done += kTile) {
+    OperandTile<Storage> tile;
+    const int64_t size = n - done < kTile ? n - done : kTile;
+    const Storage* values = tile.load_tile(task.data, task.walk, kGrad, start + done, size);
+    result = order.join(result, reduce_run(order, values, size));
+  }
+  return result;
+}
+
+template <class Storage>
+void clip_chunk(const GradTask& task, int64_t chunk, double factor, double clip_value) {
+  using T = ComputeType<Storage>;
+  const T scale = static_cast<T>(factor);
+  const Clamp<T> clamp(clip_value);
+  const int64_t first = chunk * kNormTiles * kTile;
+  for (int64_t t = 0; t < kNormTiles && first + t * kTile < task.numel; ++t) {
+    OperandTile<Storage> tile;
+    const int64_t start = first + t * kTile;
+    const int64_t size = task.numel - start < kTile ? task.numel - start : kTile;
+    Storage* values = tile.load_tile(task.data, task.walk, kGrad, start, size);
+    for_each_lanes<T>(size, [&](int64_t i, auto lanes) {
+      store(values + i, clamp(scale * load_as<decltype(lanes)>(values + i)));
+    });
+    tile.store_tile();
+  }
+}
+
+// visit(task, chunk of the task, chunk of the batch)
+template <class Visitor>
+void for_each_chunk(const GradBatch& batch, const Visitor& visit) {
+  const int64_t threads = useful_threads(batch.chunk_count * kNormTiles, batch.threads);
+  for_each_portion(threads, batch.chunk_count, [&](int64_t begin, int64_t end) {
+    int64_t low = 0, high = batch.task_count;  // the last task that starts at or before `begin`
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (batch.tasks[middle].first_chunk <= begin ? low : high) = middle;
+    }
+    for (const GradTask* task = batch.tasks + low; begin < end; ++task) {
+      for (; begin < end && begin - task->first_chunk < task->chunks(); ++begin) {
+        visit(*task, begin - task->first_chunk, begin);
+      }
+    }
+  });
+}
+
+template <class Order>
+double reduce(const GradBatch& batch, const Order& order, double* partials) {
+  static double (*const kReduce[kDTypes])(const Order&, const GradTask&, int64_t) = {
+      reduce_chunk<Order, float>, reduce_chunk<Order, double>, reduce_chunk<Order, BFloat16>,
+      reduce_chunk<Order, Half>};
+  for_each_chunk(batch, [&](const GradTask& task, int64_t chunk, int64_t place) {
+    partials[place] = kReduce[static_cast<int>(task.dtype)](order, task, chunk);
+  });
+  double result = Order::kStart;
+  for (int64_t i = 0; i < batch.chunk_count; ++i) result = order.join(result, partials[i]);
+  return result;
+}
+
+double norm(const GradBatch& batch, double order, double* partials) {
+  if (order == 2) return std::sqrt(reduce(batch, SumOfSquares{}, partials));
+  if (order == 1) return reduce(batch, Sum{}, partials);
+  if (order == INFINITY) return reduce(batch, Largest{}, partials);
+  if (order == -INFINITY) return reduce(batch, Smallest{}, partials);
+  if (order != 0) return std::pow(reduce(batch, SumOfPowers{{}, order}, partials), 1 / order);
+  reduce(batch, NonZeros{}, partials);
+  double tensors = 0;
+  for (int64_t t = 0; t < batch.task_count; ++t) {
+    double elements = 0;
+    for (int64_t c = 0; c < batch.tasks[t].chunks(); ++c) {
+      elements += partials[batch.tasks[t].first_chunk + c];
+    }
+    tensors += elements != 0;
+  }
+  return tensors;
+}
+
+void clip(const GradBatch& batch, double scale, double clip_value) {
+  static void (*const kClip[kDTypes])(const GradTask&, int64_t, double, double) = {
+      clip_chunk<float>, clip_chunk<double>, clip_chunk<BFloat16>, clip_chunk<Half>};
+  for_each_chunk(batch, [&](const GradTask& task, int64_t chunk, int64_t) {
+    kClip[static_cast<int>(task.dtype)](task, chunk, scale, clip_value);
+  });
+}
+
+}  // namespace
+
+extern const GradNormKernels kGradNormKernels;
+const GradNormKernels kGradNormKernels = {norm, clip};
+
+FASTOPT_END_NAMESPACE
