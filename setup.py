@@ -45,6 +45,8 @@ COMMON_SOURCES = [
     "csrc/bindings/torch_access.cpp",
     "csrc/bindings/layout.cpp",
     "csrc/bindings/gradient_list.cpp",
+    "csrc/bindings/group_rules.cpp",
+    "csrc/bindings/step_plan.cpp",
     "csrc/bindings/optimizer_plan.cpp",
     "csrc/bindings/cpu_module.cpp",
 ]

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/collectable.h"
 #include "bindings/gradient_list.h"
 #include "bindings/layout.h"
 #include "bindings/optimizer_plan.h"
@@ -15,26 +16,6 @@ namespace py = pybind11;
 using namespace fastopt;
 
 namespace {
-
-// The plan holds parameters, whose hooks may hold the optimizer, which holds the plan: the garbage
-// collector has to see through it.
-void make_collectable(PyHeapTypeObject* heap_type) {
-  PyTypeObject* type = &heap_type->ht_type;
-  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
-  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
-    Py_VISIT(Py_TYPE(self));
-    if (py::detail::is_holder_constructed(self)) {
-      Py_VISIT(py::cast<OptimizerPlan&>(py::handle(self)).references.ptr());
-    }
-    return 0;
-  };
-  type->tp_clear = [](PyObject* self) {
-    if (py::detail::is_holder_constructed(self)) {
-      py::cast<OptimizerPlan&>(py::handle(self)).clear();
-    }
-    return 0;
-  };
-}
 
 bool may_overlap_itself(std::vector<int64_t> sizes, std::vector<int64_t> strides) {
   return Layout{DType::kFloat32, std::move(sizes), std::move(strides)}.may_overlap_itself();
@@ -54,19 +35,15 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.attr("instruction_sets") = py::tuple(available);
 
   const OptimizerKernels& kernels = *chosen_instruction_set().optimizer;
-  py::dict rules;
-  for (int i = 0; i < kernels.rule_count; ++i) {
-    rules[kernels.rules[i].name] =
-        py::make_tuple(kernels.rules[i].slots, kernels.rules[i].hyperparameters);
-  }
-  m.attr("update_rules") = rules;  // name: (state slots, hyperparameters)
+  m.attr("update_rules") = describe_rules(kernels.rules, kernels.rule_count);
 
   m.def("initialise", &torch_access::initialise, py::arg("torch"),
         "Connects to torch; returns what this torch lacks, in words, or an empty string.");
   m.def("may_overlap_itself", &may_overlap_itself, py::arg("sizes"), py::arg("strides"),
         "False only where no two indices mean the same address.");
 
-  py::class_<OptimizerPlan>(m, "OptimizerPlan", py::custom_type_setup(make_collectable))
+  py::class_<OptimizerPlan>(m, "OptimizerPlan",
+                            py::custom_type_setup(make_collectable<OptimizerPlan>))
       .def(py::init<py::dict, py::list>(), py::arg("state"), py::arg("groups"))
       .def("collect", &OptimizerPlan::collect, py::arg("param_groups"), py::arg("state"),
            py::arg("writing"))

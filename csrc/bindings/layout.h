@@ -6,7 +6,8 @@
 #include <vector>
 
 #include "bindings/torch_access.h"
-#include "cpu/tensor_walk.h"
+#include "core/dtypes.h"
+#include "core/operands.h"
 
 namespace fastopt {
 

@@ -2,42 +2,21 @@
 
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <memory>
-#include <optional>
-#include <utility>
 #include <vector>
 
-#include "bindings/gradient_list.h"
-#include "bindings/layout.h"
-#include "bindings/torch_access.h"
+#include "bindings/group_rules.h"
+#include "bindings/step_plan.h"
 #include "cpu/optimizer_step.h"
 
 namespace fastopt {
 
-enum class Service {
-  kElsewhere,     // another backend steps the parameter
-  kServed,        // the plan does
-  kWithoutState,  // it would, but the parameter has had no gradient and therefore has no state yet
-};
-
-// What stays the same from step to step: where the parameters and their state are. Each step
-// compares it with the optimizer, fetches the gradients, and runs the kernels.
-class OptimizerPlan {
+// Steps parameters in the host's memory.
+class OptimizerPlan : public StepPlan {
  public:
-  // `state` is optimizer.state. `groups` has a list per parameter group and in it for each
-  // parameter (param, Service, slot tensors, step tensor or None, average or None, is_new); the
-  // last four count where served.
-  OptimizerPlan(pybind11::dict state, pybind11::list groups);
-  ~OptimizerPlan() { release(); }
+  OptimizerPlan(pybind11::dict state, pybind11::list groups)
+      : StepPlan(state, groups, {torch_access::kDLCPU, 0}) {}
 
-  // Fetches the gradients. None: the plan no longer describes the optimizer, make a new one.
-  // Otherwise (group, index, reason, shares memory) for each gradient that the kernels do not take;
-  // the others wait for run() or release(). With `writing`, gradients are to be written.
-  pybind11::object collect(pybind11::list param_groups, pybind11::dict state, bool writing);
-
-  // What collect() fetched, and its norm.
-  pybind11::list gradients() const;
+  // Of what collect() fetched.
   double grad_norm(double order, int threads) const;
 
   // Steps what collect() fetched and returns the tensors that it wrote and autograd may have saved.
@@ -45,105 +24,19 @@ class OptimizerPlan {
   // `tail` the fields of struct Tail.
   pybind11::list run(pybind11::tuple rules, pybind11::tuple tail, int threads);
 
-  // Drops what collect() fetched.
-  void release();
-
-  // Forgets everything: for the garbage collector.
-  void clear();
-
-  // For Python's garbage collector: everything that the plan refers to.
-  pybind11::list references;
-
  private:
-  struct StateTensor {
-    explicit StateTensor(pybind11::handle tensor);
-    bool unchanged() const { return fingerprint.matches(handle.describe()); }
-
-    torch_access::TensorHandle handle;
-    torch_access::Fingerprint fingerprint;
-    Layout layout;
-  };
-  struct Gradient {
-    pybind11::object tensor;  // empty between steps
-    void* data = nullptr;
-    std::vector<int64_t> strides;  // as torch has them
-    bool lies_as_param = false;
-    bool is_dense = false;
-    int64_t extent = 0;
-    bool may_overlap_itself = false;
-    int64_t check = 0;  // the last one of shared_gradients() that saw it where it is
-  };
-  // Where a tensor's description was last step. Only ever prefetched: it may have moved.
-  struct Traces {
-    const void* param = nullptr;
-    const void* grad_object = nullptr;
-    const void* grad = nullptr;
-  };
-  struct Entry {
-    pybind11::handle param;
-    Traces traces;
-    int group = 0, index = 0;
-    Service service = Service::kElsewhere;
-    bool is_new = false;      // its first step: there was no state before
-    bool is_refused = false;  // another backend steps it this time
-    bool runs_alone = false;  // shares memory with another
-    torch_access::Fingerprint fingerprint;
-    Layout layout;
-    int64_t numel = 0;
-    std::vector<StateTensor> slots;
-    std::optional<StateTensor> average, step;
-    Gradient grad;
-    std::unique_ptr<Walk> walk;  // of all operands; none: all are dense and lie alike
-
-    // Of the parameter's shape: slots and average.
-    template <class Visitor>
-    void for_each_tensor(const Visitor& visit) const {
-      for (const StateTensor& slot : slots) visit(slot);
-      if (average) visit(*average);
-    }
-  };
-  struct Refusal {
-    const char* reason;  // in words; nullptr: none
-    bool shares_memory = false;
-  };
-  struct StateEntry {
-    pybind11::handle key, value;
-    std::vector<std::pair<PyObject*, PyObject*>> items;  // of the inner dict, in its order
-  };
-  struct GroupRule {
-    int rule;
-    WeightDecay weight_decay;
+  // A group's rule, bound for the last step number asked for, by arithmetic type: fp32, fp64.
+  struct BoundGroup {
+    const GroupRule* rule;
     double decay;
-    bool maximize;
-    double hyperparameters[kMaxHyperparameters];
-    int bound[2] = {-1, -1};  // the last rule bound, by arithmetic type: fp32, fp64
+    double hyperparameters[kMaxHyperparameters] = {};
+    int bound[2] = {-1, -1};
     double bound_step[2] = {0, 0};
   };
 
-  void refuse_other_threads() const;
-  void add_entry(pybind11::handle record, int group, int index);
-  void mark_shared_memory();
-  bool same_groups(pybind11::list param_groups) const;
-  bool same_state(pybind11::dict state) const;
-  bool same_state_memory() const;
-  bool same_memory(Entry& entry) const;
-  void prefetch_descriptions(size_t index) const;
-  Refusal refuse_gradient(Entry& entry, bool writing) const;
-  std::vector<size_t> shared_gradients();
-  void plan_walk(Entry& entry, const Layout* grad) const;
-  double advance_step(const Entry& entry) const;
-  std::vector<GroupRule> parse_rules(pybind11::tuple rules) const;
-  void bind_rule(GroupRule& rule, const Entry& entry);
-  StepTask make_task(const Entry& entry, const GroupRule& rule) const;
+  int bind(BoundGroup& group, const Entry& entry);
+  StepTask make_task(const Entry& entry) const;
 
-  std::vector<Entry> entries_;
-  std::vector<int> group_sizes_;
-  std::vector<StateEntry> state_entries_;
-  std::vector<Extent> extents_;  // of parameters and state, sorted; owners are entries
-  int64_t grad_check_ = 1;
-  bool collected_ = false;    // collect() succeeded, and run() or release() is still to come
-  bool running_ = false;      // the kernels run
-  unsigned long thread_ = 0;  // that collects and runs
   std::vector<BoundRule> bound_rules_;
 };
 

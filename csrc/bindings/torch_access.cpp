@@ -128,6 +128,7 @@ bool describe(PyObject* object, Description& tensor) {
   tensor = {static_cast<char*>(source.data) + source.byte_offset,
             source.dtype,
             source.device_type,
+            source.device_id,
             source.ndim,
             source.shape,
             source.strides};
@@ -194,7 +195,6 @@ Description TensorHandle::describe() const {
     return {};
   }
   tensor.dtype.code = static_cast<uint8_t>(dtype);
-  tensor.device_type = kDLCPU;
   tensor.dims = static_cast<int32_t>(dims);
   tensor.sizes = sizes;
   tensor.strides = strides;

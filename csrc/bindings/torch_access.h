@@ -23,6 +23,7 @@ struct DLDataType {
   }
 };
 constexpr int32_t kDLCPU = 1;
+constexpr int32_t kDLCUDA = 2;
 constexpr uint8_t kDLFloat = 2;
 constexpr uint8_t kDLBfloat = 4;
 constexpr uint8_t kDLComplex = 5;
@@ -31,7 +32,7 @@ constexpr uint8_t kDLComplex = 5;
 struct Description {
   void* data;
   DLDataType dtype;  // through a handle: torch's own code for it, which only a handle gives
-  int32_t device_type;
+  int32_t device_type, device_index;  // through a handle: not told
   int32_t dims;
   const int64_t* sizes;
   const int64_t* strides;  // in elements

@@ -17,6 +17,13 @@ enum class WeightDecay : int32_t {
 
 constexpr int kMaxSlots = 3;            // state tensors of one parameter: amsgrad has three
 constexpr int kMaxHyperparameters = 6;  // scalars that a front passes to its rule
+constexpr int kFunctorBytes = 64;       // of a rule with its scalars folded
+
+struct UpdateRuleInfo {
+  const char* name;
+  int slots;
+  int hyperparameters;
+};
 
 }  // namespace fastopt
 
@@ -40,6 +47,7 @@ template <class T>
 HOST_DEVICE T magnitude(T value) {
   return value < 0 ? -value : value;
 }
+HOST_DEVICE double power(double base, double exponent) { return std::pow(base, exponent); }
 // 1, and 0 for a zero; a NaN is none.
 template <class T>
 HOST_DEVICE T is_nonzero(T value) {
@@ -58,7 +66,7 @@ struct Lerp {
   T coefficient;
   bool nearer_to_end;
 
-  explicit Lerp(double weight)
+  HOST_DEVICE explicit Lerp(double weight)
       : coefficient(static_cast<T>(weight < 0.5 ? weight : weight - 1)),
         nearer_to_end(weight >= 0.5) {}
 
@@ -73,7 +81,7 @@ template <class T>
 struct Clamp {
   T limit;
 
-  explicit Clamp(double limit) : limit(static_cast<T>(limit)) {}
+  HOST_DEVICE explicit Clamp(double limit) : limit(static_cast<T>(limit)) {}
 
   template <class V>
   HOST_DEVICE V operator()(V value) const {
@@ -97,7 +105,7 @@ struct Sgd {
 
   T lr;
 
-  Sgd(const Hyperparameters& h, double /*step*/) : lr(static_cast<T>(h.lr)) {}
+  HOST_DEVICE Sgd(const Hyperparameters& h, double /*step*/) : lr(static_cast<T>(h.lr)) {}
 
   template <class V>
   HOST_DEVICE void operator()(V& param, V grad, V* /*slot*/) const {
@@ -121,7 +129,7 @@ struct Momentum {
 
   T step_size, momentum, buffer_decay, gradient_weight, undamped_gradient_weight;
 
-  Momentum(const Hyperparameters& h, double step)
+  HOST_DEVICE Momentum(const Hyperparameters& h, double step)
       : step_size(static_cast<T>(h.step_size)),
         momentum(static_cast<T>(h.momentum)),
         buffer_decay(static_cast<T>(step == 1 ? 0 : h.momentum)),
@@ -153,7 +161,7 @@ struct Adam {
   Lerp<T> average;
   T beta2, second_weight, inverse_sqrt_correction, eps;
 
-  Adam(const Hyperparameters& h, double step)
+  HOST_DEVICE Adam(const Hyperparameters& h, double step)
       : step_size(static_cast<T>(h.lr / (1 - std::pow(h.beta1, step)))),
         average(1 - h.beta1),
         beta2(static_cast<T>(h.beta2)),
@@ -188,7 +196,7 @@ struct Lion {
   T lr;
   Lerp<T> update_average, moment_average;
 
-  Lion(const Hyperparameters& h, double /*step*/)
+  HOST_DEVICE Lion(const Hyperparameters& h, double /*step*/)
       : lr(static_cast<T>(h.lr)), update_average(1 - h.beta1), moment_average(1 - h.beta2) {}
 
   template <class V>
@@ -198,6 +206,20 @@ struct Lion {
     moment = moment_average(moment, grad);
   }
 };
+
+// A rule with what it does not know of: the sign of the gradient, which `maximize` turns, and
+// weight decay. `decay` is the weight decay itself, or for the decoupled kind 1 - lr *
+// weight_decay.
+template <WeightDecay kWeightDecay, class Rule, class T, class V>
+HOST_DEVICE void update_element(const Rule& rule, T sign, T decay, V& param, V grad, V* slot) {
+  V g = sign * grad;
+  if (kWeightDecay == WeightDecay::kL2) {
+    g = g + decay * param;
+  } else {
+    param = decay * param;
+  }
+  rule(param, g, slot);
+}
 
 // Every rule there is: kernels instantiate this list, and the position in it is the rule's number.
 template <class T>

@@ -2,71 +2,13 @@
 
 #include "cpu/grad_norm.h"
 
-#include <cmath>
-
-#include "core/update_rules.h"
+#include "core/norm_orders.h"
 #include "cpu/portions.h"
 #include "cpu/simd.h"
 
 FASTOPT_BEGIN_NAMESPACE
 
 namespace {
-
-// What an order does with the next magnitude, and with two results.
-struct SumOfSquares {
-  static constexpr double kStart = 0;
-  template <class V>
-  HOST_DEVICE V add(V sum, V x) const {
-    return sum + x * x;
-  }
-  template <class V>
-  HOST_DEVICE V join(V left, V right) const {
-    return left + right;
-  }
-};
-struct Sum : SumOfSquares {
-  template <class V>
-  HOST_DEVICE V add(V sum, V x) const {
-    return sum + magnitude(x);
-  }
-};
-struct NonZeros : SumOfSquares {
-  template <class V>
-  HOST_DEVICE V add(V sum, V x) const {
-    return sum + is_nonzero(x);
-  }
-};
-struct Largest {
-  static constexpr double kStart = 0;
-  template <class V>
-  HOST_DEVICE V add(V largest, V x) const {
-    return maximum(largest, magnitude(x));
-  }
-  template <class V>
-  HOST_DEVICE V join(V left, V right) const {
-    return maximum(left, right);
-  }
-};
-struct Smallest {
-  static constexpr double kStart = INFINITY;
-  template <class V>
-  HOST_DEVICE V add(V smallest, V x) const {
-    return minimum(smallest, magnitude(x));
-  }
-  template <class V>
-  HOST_DEVICE V join(V left, V right) const {
-    return minimum(left, right);
-  }
-};
-struct SumOfPowers : SumOfSquares {
-  double order;
-
-  HOST_DEVICE double add(double sum, double x) const { return sum + std::pow(std::fabs(x), order); }
-  HOST_DEVICE Vec<double> add(Vec<double> sum, Vec<double> x) const {
-    for (int i = 0; i < Vec<double>::kWidth; ++i) sum.value[i] = add(sum.value[i], x.value[i]);
-    return sum;
-  }
-};
 
 // The doubles in a vector of T.
 template <class T>
@@ -181,12 +123,12 @@ double reduce(const GradBatch& batch, const Order& order, double* partials) {
 }
 
 double norm(const GradBatch& batch, double order, double* partials) {
-  if (order == 2) return std::sqrt(reduce(batch, SumOfSquares{}, partials));
-  if (order == 1) return reduce(batch, Sum{}, partials);
-  if (order == INFINITY) return reduce(batch, Largest{}, partials);
-  if (order == -INFINITY) return reduce(batch, Smallest{}, partials);
-  if (order != 0) return std::pow(reduce(batch, SumOfPowers{{}, order}, partials), 1 / order);
-  reduce(batch, NonZeros{}, partials);
+  if (order != 0) {
+    return with_norm_order(order, [&](const auto& reduction) {
+      return reduction.root(reduce(batch, reduction, partials));
+    });
+  }
+  reduce(batch, CountOfNonzeros{}, partials);
   double tensors = 0;
   for (int64_t t = 0; t < batch.task_count; ++t) {
     double elements = 0;

@@ -4,9 +4,9 @@
 
 #include "cpu/optimizer_step.h"
 
-#include <new>
 #include <utility>
 
+#include "core/rule_table.h"
 #include "cpu/portions.h"
 #include "cpu/simd.h"
 
@@ -33,62 +33,25 @@ void apply_rule(const BoundRule& bound, const Tile<Storage>& tile) {
   for_each_lanes<T>(tile.size, [&](int64_t i, auto lanes) {
     using V = decltype(lanes);
     V p = load_as<V>(param + i);
-    V g = sign * load_as<V>(grad + i);
-    if (kWeightDecay == WeightDecay::kL2) {
-      g = g + decay * p;
-    } else {
-      p = decay * p;
-    }
     V slot[kMaxSlots];
 #pragma GCC unroll 4
     for (int s = 0; s < Rule::kSlots; ++s) slot[s] = load_as<V>(slots[s] + i);
-    rule(p, g, slot);
+    update_element<kWeightDecay>(rule, sign, decay, p, load_as<V>(grad + i), slot);
     store(param + i, p);
 #pragma GCC unroll 4
     for (int s = 0; s < Rule::kSlots; ++s) store(slots[s] + i, slot[s]);
   });
 }
 
-using BindRule = void (*)(void* functor, const double* hyperparameters, double step);
 template <class Storage>
 using ApplyRule = void (*)(const BoundRule& bound, const Tile<Storage>& tile);
 
-template <class Rule>
-void bind_rule(void* functor, const double* hyperparameters, double step) {
-  static_assert(sizeof(Rule) <= sizeof(BoundRule::functor), "enlarge BoundRule::functor");
-  typename Rule::Hyperparameters h;
-  static_assert(sizeof h <= kMaxHyperparameters * sizeof(double), "raise kMaxHyperparameters");
-  memcpy(&h, hyperparameters, sizeof h);
-  new (functor) Rule(h, step);
+template <class Storage, WeightDecay kWeightDecay, std::size_t... kIndices>
+ApplyRule<Storage> find_apply(int rule, std::index_sequence<kIndices...>) {
+  static constexpr ApplyRule<Storage> kApply[] = {
+      apply_rule<RuleAt<ComputeType<Storage>, kIndices>, kWeightDecay, Storage>...};
+  return kApply[rule];
 }
-
-template <class Rules, class Indices>
-struct RuleTable;
-
-template <class... Rules, std::size_t... kIndices>
-struct RuleTable<std::tuple<Rules...>, std::index_sequence<kIndices...>> {
-  template <class T, std::size_t kIndex>
-  using RuleAt = std::tuple_element_t<kIndex, UpdateRules<T>>;
-
-  template <class T>
-  static BindRule bind(int rule) {
-    static constexpr BindRule kBind[] = {bind_rule<RuleAt<T, kIndices>>...};
-    return kBind[rule];
-  }
-  template <class Storage, WeightDecay kWeightDecay>
-  static ApplyRule<Storage> apply(int rule) {
-    static constexpr ApplyRule<Storage> kApply[] = {
-        apply_rule<RuleAt<ComputeType<Storage>, kIndices>, kWeightDecay, Storage>...};
-    return kApply[rule];
-  }
-  static constexpr UpdateRuleInfo kInfo[] = {
-      {Rules::kName, Rules::kSlots,
-       static_cast<int>(sizeof(typename Rules::Hyperparameters) / sizeof(double))}...};
-  static constexpr int kCount = sizeof...(Rules);
-};
-
-using Table = RuleTable<UpdateRules<float>,
-                        std::make_index_sequence<std::tuple_size<UpdateRules<float>>::value>>;
 
 template <class Storage>
 void clip_tile(Storage* grad, int64_t n, const Tail& tail) {
@@ -127,9 +90,10 @@ void run_tile(const StepTask& task, const BoundRule* bound, const Tail& tail, in
   }
   if (bound) {
     if (tail.changes_gradients()) clip_tile(tile.operands[kGrad], tile.size, tail);
-    const auto apply = bound->weight_decay == WeightDecay::kL2
-                           ? Table::apply<Storage, WeightDecay::kL2>(bound->rule)
-                           : Table::apply<Storage, WeightDecay::kDecoupled>(bound->rule);
+    const auto apply =
+        bound->weight_decay == WeightDecay::kL2
+            ? find_apply<Storage, WeightDecay::kL2>(bound->rule, RuleIndices{})
+            : find_apply<Storage, WeightDecay::kDecoupled>(bound->rule, RuleIndices{});
     apply(*bound, tile);
     operands[kParam].store_tile();
     for (int k = kFirstSlot; k < kOperands && task.operands[k]; ++k) operands[k].store_tile();
@@ -178,14 +142,14 @@ void step(const StepBatch& batch) {
 }
 
 void bind(BoundRule& bound, DType dtype, const double* hyperparameters, double step_number) {
-  const BindRule bind_functor =
-      dtype == DType::kFloat64 ? Table::bind<double>(bound.rule) : Table::bind<float>(bound.rule);
-  bind_functor(bound.functor, hyperparameters, step_number);
+  const auto bind_functor =
+      dtype == DType::kFloat64 ? AllRules::bind<double> : AllRules::bind<float>;
+  bind_functor(bound.rule, bound.functor, hyperparameters, step_number);
 }
 
 }  // namespace
 
 extern const OptimizerKernels kOptimizerKernels;
-const OptimizerKernels kOptimizerKernels = {Table::kInfo, Table::kCount, bind, step};
+const OptimizerKernels kOptimizerKernels = {AllRules::kInfo, static_cast<int>(kRules), bind, step};
 
 FASTOPT_END_NAMESPACE

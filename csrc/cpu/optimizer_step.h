@@ -11,7 +11,7 @@ namespace fastopt {
 
 // A rule with the scalars of one step folded in, for one arithmetic type.
 struct BoundRule {
-  alignas(16) unsigned char functor[64];
+  alignas(16) unsigned char functor[kFunctorBytes];
   int rule;
   WeightDecay weight_decay;
   double decay;   // kL2: weight_decay; kDecoupled: 1 - lr * weight_decay
@@ -47,12 +47,6 @@ struct StepBatch {
   const BoundRule* rules;
   Tail tail;
   int threads;
-};
-
-struct UpdateRuleInfo {
-  const char* name;
-  int slots;
-  int hyperparameters;
 };
 
 // What one instruction set offers.

@@ -75,6 +75,13 @@ HOST_DEVICE Vec<T> magnitude(Vec<T> vector) {
   return {vector.value < 0 ? -vector.value : vector.value};
 }
 
+HOST_DEVICE Vec<double> power(Vec<double> vector, double exponent) {
+  for (int i = 0; i < Vec<double>::kWidth; ++i) {
+    vector.value[i] = std::pow(vector.value[i], exponent);
+  }
+  return vector;
+}
+
 template <class T>
 HOST_DEVICE Vec<T> is_nonzero(Vec<T> vector) {
   const typename Vec<T>::Native zero{}, one = zero + 1;

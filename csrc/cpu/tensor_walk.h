@@ -2,19 +2,9 @@
 
 #include <cstdint>
 
-#include "core/dtypes.h"
-#include "core/update_rules.h"
+#include "core/operands.h"
 
 namespace fastopt {
-
-// The operands of one parameter's update, in the order in which tasks and walks list them.
-constexpr int kParam = 0;
-constexpr int kGrad = 1;
-constexpr int kAverage = 2;
-constexpr int kFirstSlot = 3;
-constexpr int kOperands = kFirstSlot + kMaxSlots;
-
-constexpr int kMaxDims = 64;  // torch's limit
 
 // The unit in which work is shared out and converted. Fixed, so that an element meets the same
 // instructions, and gets the same bits, whatever the number of threads. 512 elements in fp32, six
@@ -22,14 +12,6 @@ constexpr int kMaxDims = 64;  // torch's limit
 constexpr int64_t kTile = 512;
 
 constexpr int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
-
-// The order in which the elements of tensors with unlike strides are visited: dimensions from the
-// slowest to the fastest, as the parameter lies in memory, and each operand's strides in elements.
-struct Walk {
-  int dims;
-  int64_t sizes[kMaxDims];
-  int64_t strides[kOperands][kMaxDims];
-};
 
 }  // namespace fastopt
 
