@@ -5,7 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RESULTS ?= bench/results/local.json
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# For development: two architectures, and the CUDA kernels on the host for their tests.
+export FASTOPT_CUDA_ARCHS ?= 80 90a
+export FASTOPT_HOST_SIM ?= 1
 
 # The tests that run the kernels, for `make sanitize`.
 KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
@@ -16,7 +20,8 @@ KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	FASTOPT_CUDA=off FASTOPT_HOST_SIM=0 $(BIN)/pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps --editable .
 	touch $@
 
 build: $(INSTALLED)

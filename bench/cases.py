@@ -19,6 +19,10 @@ GPT2_BLOCK: Shapes = (
 )
 GPT2: Shapes = ((50257, 768), (1024, 768), *(12 * GPT2_BLOCK), (768,), (768,))
 
+# The norm of any of the cases' gradients is above this: each is clipped.
+MAX_GRAD_NORM = 1.0
+CLIP_AND_ZERO = {"max_grad_norm": MAX_GRAD_NORM, "zero_grad_after_step": True}
+
 ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
 MOMENTUM = {"lr": 1e-2, "momentum": 0.9}
 
@@ -37,9 +41,10 @@ class OptimizerCase:
 
     Attributes:
         name: The row's name, unique.
-        optimizer: A class of ``torch.optim`` and ``fastopt.optim``.
+        optimizer: A class of ``torch.optim`` and ``fastopt.optim``; none: only ``clip_grad_norm_``.
         shapes: The parameters.
         options: Keyword arguments of both classes.
+        tail: Our options of what surrounds the step; stock's calls do the same.
         dtype: Of parameters, gradients and state.
         threads: For every contender that does not say otherwise in its name.
         bytes_per_element: What a step has to read and write at least.
@@ -54,6 +59,7 @@ class OptimizerCase:
     optimizer: str
     shapes: Shapes
     options: dict[str, Any] = field(default_factory=dict)
+    tail: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     threads: int = 2
     bytes_per_element: int = 28
@@ -177,6 +183,43 @@ OPTIMIZER_CASES = (
         ADAMW,
         bars=(Bar("torch default", 1.0),),
         transposed=True,
+    ),
+    OptimizerCase(
+        "clip + AdamW + zero, GPT-2 124M in 148",
+        "AdamW",
+        GPT2,
+        ADAMW,
+        CLIP_AND_ZERO,
+        bytes_per_element=36,
+        bars=_fused(2.0),
+        rounds=5,
+    ),
+    OptimizerCase(
+        "clip + AdamW + zero + EMA, GPT-2 124M in 148",
+        "AdamW",
+        GPT2,
+        ADAMW,
+        {**CLIP_AND_ZERO, "ema_decay": 0.999},
+        bytes_per_element=44,
+        bars=_fused(2.5),
+        rounds=5,
+    ),
+    OptimizerCase(
+        "clip + AdamW + zero, 1000 x 1024",
+        "AdamW",
+        ((1024,),) * 1000,
+        ADAMW,
+        CLIP_AND_ZERO,
+        bytes_per_element=36,
+        bars=_fused(12.0),
+    ),
+    OptimizerCase(
+        "clip_grad_norm_, 2000 x 512",
+        "",
+        ((512,),) * 2000,
+        bytes_per_element=12,
+        bars=(Bar("torch foreach", 8.0),),
+        rounds=40,
     ),
     OptimizerCase("Lion, 16.8M", "Lion", ((LARGE,),), {"lr": 1e-4}, bytes_per_element=20),
 )

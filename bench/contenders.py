@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastopt
-from bench.cases import OptimizerCase
+from bench.cases import MAX_GRAD_NORM, OptimizerCase
+from bench.timing import Contender
 
 Step = Callable[[], object]
 
@@ -32,15 +34,18 @@ def make_parameters(case: OptimizerCase) -> list[torch.nn.Parameter]:
     return params
 
 
-def optimizer_contenders(case: OptimizerCase) -> dict[str, Step]:
+def optimizer_contenders(case: OptimizerCase) -> dict[str, Contender]:
     """A step for everyone, state made and warm."""
+    if not case.optimizer:
+        return _clipping_contenders(case)
     ours = getattr(fastopt.optim, case.optimizer)
-    steps: dict[str, Step] = {OURS: ours(make_parameters(case), **case.options).step}
+    params = make_parameters(case)
+    contenders = {OURS: _contender(case, params, ours(params, **case.options, **case.tail).step)}
     stock = getattr(torch.optim, case.optimizer, None)
     if stock is None:
         composed = ours(make_parameters(case), **case.options, backend="torch")
-        steps["torch default"] = composed.step
-        return steps
+        contenders["torch default"] = Contender(composed.step)
+        return contenders
     for name, flags in (
         ("torch default", {}),
         ("torch foreach", {"foreach": True}),
@@ -48,24 +53,69 @@ def optimizer_contenders(case: OptimizerCase) -> dict[str, Step]:
     ):
         if case.transposed and name == "torch fused":
             continue  # silently wrong there
-        steps[name] = stock(make_parameters(case), **case.options, **flags).step
+        contenders[name] = _stock(case, stock, flags)
     if case.threads > 1 and not case.transposed:
-        single = stock(make_parameters(case), **case.options, fused=True)
-        steps["torch fused, 1 thread"] = _on_one_thread(single.step, case.threads)
+        contenders["torch fused, 1 thread"] = _on_one_thread(
+            _stock(case, stock, {"fused": True}), case.threads
+        )
     if case.compiled:
-        steps["torch compiled"] = _compiled(stock, case)
+        contenders["torch compiled"] = Contender(_compiled(stock, case))
     if deepspeed := _deepspeed(case):
-        steps["DeepSpeed CPUAdam"] = deepspeed
-    return steps
+        contenders["DeepSpeed CPUAdam"] = Contender(deepspeed)
+    return contenders
 
 
-def _on_one_thread(step: Step, threads: int) -> Step:
+def _contender(case: OptimizerCase, params: list[torch.nn.Parameter], call: Step) -> Contender:
+    """Gradients that are written are what they were before each call, as after a backward."""
+    if case.optimizer and not case.tail:
+        return Contender(call)
+    grads = [param.grad for param in params if param.grad is not None]
+    kept = [grad.clone() for grad in grads]
+    return Contender(call, lambda: torch._foreach_copy_(grads, kept))
+
+
+def _stock(case: OptimizerCase, cls: Any, flags: dict[str, Any]) -> Contender:
+    """A step of stock's with the calls that do what our options do."""
+    params = make_parameters(case)
+    optimizer = cls(params, **case.options, **flags)
+    if not case.tail:
+        return Contender(optimizer.step)
+    average: AveragedModel | None = None
+    model = torch.nn.ParameterList(params)
+    if "ema_decay" in case.tail:
+        moving = get_ema_multi_avg_fn(case.tail["ema_decay"])
+        average = AveragedModel(model, multi_avg_fn=moving)
+
+    def tail() -> None:
+        torch.nn.utils.clip_grad_norm_(params, case.tail["max_grad_norm"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        if average is not None:
+            average.update_parameters(model)
+
+    return _contender(case, params, tail)
+
+
+def _clipping_contenders(case: OptimizerCase) -> dict[str, Contender]:
+    def contender(clip: Callable[..., object], **flags: Any) -> Contender:
+        params = make_parameters(case)
+        return _contender(case, params, lambda: clip(params, MAX_GRAD_NORM, **flags))
+
+    return {
+        OURS: contender(fastopt.nn.utils.clip_grad_norm_),
+        "torch default": contender(torch.nn.utils.clip_grad_norm_),
+        "torch foreach": contender(torch.nn.utils.clip_grad_norm_, foreach=True),
+        "torch for-loop": contender(torch.nn.utils.clip_grad_norm_, foreach=False),
+    }
+
+
+def _on_one_thread(contender: Contender, threads: int) -> Contender:
     def run() -> None:
         torch.set_num_threads(1)
-        step()
+        contender.call()
         torch.set_num_threads(threads)
 
-    return run
+    return Contender(run, contender.prepare)
 
 
 def _compiled(stock: Any, case: OptimizerCase) -> Step:
@@ -79,7 +129,7 @@ def _compiled(stock: Any, case: OptimizerCase) -> Step:
 
 
 def _deepspeed(case: OptimizerCase) -> Step | None:
-    if case.optimizer != "AdamW" or case.dtype is not torch.float32 or case.transposed:
+    if case.tail or case.optimizer != "AdamW" or case.dtype is not torch.float32 or case.transposed:
         return None
     if importlib.util.find_spec("deepspeed") is None:
         return None
@@ -102,11 +152,18 @@ def check_parity(case: OptimizerCase) -> None:
     clipped = tuple(tuple(min(size, 64) for size in shape) for shape in case.shapes[:8])
     small = dataclasses.replace(case, shapes=clipped)
     ours, truth = make_parameters(small), make_parameters(small)
+    tolerance = PARITY[case.dtype]
+    if not case.optimizer:
+        fastopt.nn.utils.clip_grad_norm_(ours, MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(truth, MAX_GRAD_NORM)
+        for left, right in zip(ours, truth, strict=True):
+            torch.testing.assert_close(left.grad, right.grad, rtol=tolerance, atol=tolerance)
+        return
     cls = getattr(fastopt.optim, case.optimizer)
-    optimizers = cls(ours, **case.options), cls(truth, **case.options, backend="reference")
+    options = {**case.options, **case.tail}
+    optimizers = cls(ours, **options), cls(truth, **options, backend="reference")
     for _ in range(3):
         for optimizer in optimizers:
             optimizer.step()
-    tolerance = PARITY[case.dtype]
     for left, right in zip(ours, truth, strict=True):
         torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)

@@ -17,7 +17,7 @@ import torch
 import fastopt
 from bench.cases import LARGE, OPTIMIZER_CASES, OptimizerCase
 from bench.contenders import check_parity, optimizer_contenders
-from bench.timing import interleaved
+from bench.timing import Contender, interleaved
 from fastopt import _native_cpu
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ def run_case(case: OptimizerCase, quick: bool) -> dict[str, Any]:
     contenders = optimizer_contenders(case)
     if case.bandwidth_bar:
         left, right = torch.ones(LARGE), torch.ones(LARGE)
-        contenders[BANDWIDTH_PROBE] = lambda: left.add_(right)
+        contenders[BANDWIDTH_PROBE] = Contender(lambda: left.add_(right))
     rounds = max(3, case.rounds // 20) if quick else case.rounds
     timings = interleaved(contenders, rounds)
     return {name: dataclasses.asdict(timing) for name, timing in timings.items()}

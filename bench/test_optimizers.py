@@ -23,4 +23,8 @@ def test_step(case: OptimizerCase, contender: str, benchmark: Any) -> None:
     if contender not in steps:
         pytest.skip(f"no {contender} in this case")
     benchmark.group = case.name
-    benchmark(steps[contender])
+    timed = steps[contender]
+    rounds = max(3, case.rounds // 4)
+    benchmark.pedantic(
+        timed.call, setup=lambda: timed.prepare() and None, rounds=rounds, warmup_rounds=1
+    )

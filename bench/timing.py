@@ -9,6 +9,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Contender:
+    """What is timed, and what has to be done before each call without counting."""
+
+    call: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
 class Timing:
     """Seconds of one call over many rounds."""
 
@@ -18,7 +26,7 @@ class Timing:
     rounds: int
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+def interleaved(contenders: dict[str, Contender], rounds: int) -> dict[str, Timing]:
     """Gives every contender a turn in each round, the order turned by one each time.
 
     A turn is a call that does not count and one that does: the first brings back into the caches
@@ -33,10 +41,12 @@ def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dic
     for round_number in range(-2, rounds):
         turn = round_number % len(names)
         for name in names[turn:] + names[:turn]:
-            call = contenders[name]
-            call()
+            contender = contenders[name]
+            contender.prepare()
+            contender.call()
+            contender.prepare()
             start = time.perf_counter()
-            call()
+            contender.call()
             seconds = time.perf_counter() - start
             if round_number >= 0:
                 samples[name].append(seconds)

@@ -42,7 +42,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("may_overlap_itself", &may_overlap_itself, py::arg("sizes"), py::arg("strides"),
         "False only where no two indices mean the same address.");
 
-  py::class_<OptimizerPlan>(m, "OptimizerPlan",
+  py::class_<OptimizerPlan>(m, "OptimizerPlan", py::module_local(),
                             py::custom_type_setup(make_collectable<OptimizerPlan>))
       .def(py::init<py::dict, py::list>(), py::arg("state"), py::arg("groups"))
       .def("collect", &OptimizerPlan::collect, py::arg("param_groups"), py::arg("state"),
@@ -52,7 +52,7 @@ PYBIND11_MODULE(_native_cpu, m) {
       .def("run", &OptimizerPlan::run, py::arg("rules"), py::arg("tail"), py::arg("threads"))
       .def("release", &OptimizerPlan::release);
 
-  py::class_<GradientList>(m, "GradientList")
+  py::class_<GradientList>(m, "GradientList", py::module_local())
       .def(py::init<py::list, bool>(), py::arg("tensors"), py::arg("of_parameters"))
       .def_property_readonly("unreadable", &GradientList::unreadable)
       .def_property_readonly("unwritable", &GradientList::unwritable)

@@ -14,7 +14,7 @@ namespace fastopt {
 class OptimizerPlan : public StepPlan {
  public:
   OptimizerPlan(pybind11::dict state, pybind11::list groups)
-      : StepPlan(state, groups, {torch_access::kDLCPU, 0}) {}
+      : StepPlan(state, groups, {torch_access::kDLCPU, 0}, true) {}
 
   // Of what collect() fetched.
   double grad_norm(double order, int threads) const;

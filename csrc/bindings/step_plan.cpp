@@ -19,7 +19,8 @@ PyObject* params_key() {
 
 }  // namespace
 
-StepPlan::StepPlan(py::dict state, py::list groups, Device device) : device_(device) {
+StepPlan::StepPlan(py::dict state, py::list groups, Device device, bool counts_here_on_host)
+    : device_(device), counts_here_on_host_(counts_here_on_host) {
   for (size_t g = 0; g < groups.size(); ++g) {
     py::list records = groups[g];
     group_sizes_.push_back(static_cast<int>(records.size()));
@@ -98,7 +99,7 @@ void StepPlan::add_entry(py::handle record, int group, int index) {
       !(is_here(tensor) || tensor.device_type == torch_access::kDLCPU)) {
     throw std::invalid_argument("a step counter has no memory on the host or the device");
   }
-  entry.counts_on_host = tensor.device_type == torch_access::kDLCPU;
+  entry.counts_on_host = counts_here_on_host_ || !is_here(tensor);
   const Layout& counter = entry.step.emplace(step, tensor).layout;
   if (counter.numel() != 1 ||
       (counter.dtype != DType::kFloat32 && counter.dtype != DType::kFloat64)) {
@@ -192,7 +193,7 @@ bool StepPlan::same_memory(Entry& entry) const {
   return entry.fingerprint.matches(tensor);
 }
 
-StepPlan::Refusal StepPlan::refuse_gradient(Entry& entry, bool writing) const {
+StepPlan::Refusal StepPlan::refuse_gradient(Entry& entry, bool writing) {
   Gradient& grad = entry.grad;
   Description tensor;
   if (!torch_access::has_plain_type(grad.tensor.ptr())) {
@@ -232,14 +233,16 @@ StepPlan::Refusal StepPlan::refuse_gradient(Entry& entry, bool writing) const {
   return {nullptr};
 }
 
-void StepPlan::plan_walk(Entry& entry, const Layout* grad) const {
+void StepPlan::plan_walk(Entry& entry, const Layout* grad) {
   std::vector<std::pair<int, const Layout*>> operands = {{kParam, &entry.layout}};
   if (grad) operands.emplace_back(kGrad, grad);
   if (entry.average) operands.emplace_back(kAverage, &entry.average->layout);
   for (size_t k = 0; k < entry.slots.size(); ++k) {
     operands.emplace_back(kFirstSlot + static_cast<int>(k), &entry.slots[k].layout);
   }
+  const bool was_flat = !entry.walk;
   entry.walk = walk_of(operands);
+  if (!was_flat || entry.walk) ++walks_version_;
 }
 
 py::object StepPlan::collect(py::list param_groups, py::dict state, bool writing) {

@@ -32,7 +32,9 @@ class StepPlan {
   // `state` is optimizer.state. `groups` has a list per parameter group and in it for each
   // parameter (param, Service, slot tensors, step tensor or None, average or None, is_new); the
   // last four count where served.
-  StepPlan(pybind11::dict state, pybind11::list groups, Device device);
+  // Step counters elsewhere than on the device are the host's to count; `counts_here_on_host`:
+  // those on the device too, because it is the host.
+  StepPlan(pybind11::dict state, pybind11::list groups, Device device, bool counts_here_on_host);
   ~StepPlan() { release(); }
 
   // Fetches the gradients. None: the plan no longer describes the optimizer, make a new one.
@@ -110,6 +112,8 @@ class StepPlan {
     std::vector<std::pair<PyObject*, PyObject*>> items;  // of the inner dict, in its order
   };
   void refuse_other_threads() const;
+  // Changes with any walk.
+  int64_t walks_version() const { return walks_version_; }
   // Counts the step of a rule whose counter the host can read; the number, from 1.
   double advance_step(const Entry& entry) const;
   // Refuses rules whose slots are not those of the entries.
@@ -130,15 +134,17 @@ class StepPlan {
   bool same_state_memory() const;
   bool same_memory(Entry& entry) const;
   void prefetch_descriptions(size_t index) const;
-  Refusal refuse_gradient(Entry& entry, bool writing) const;
+  Refusal refuse_gradient(Entry& entry, bool writing);
   std::vector<size_t> shared_gradients();
-  void plan_walk(Entry& entry, const Layout* grad) const;
+  void plan_walk(Entry& entry, const Layout* grad);
   bool is_here(const torch_access::Description& tensor) const;
   StateTensor state_tensor(pybind11::handle tensor, const Entry& entry) const;
 
   Device device_;
+  bool counts_here_on_host_;
   std::vector<StateEntry> state_entries_;
   int64_t grad_check_ = 1;
+  int64_t walks_version_ = 0;
   bool collected_ = false;    // collect() succeeded, and run() or release() is still to come
   unsigned long thread_ = 0;  // that collects and runs
 };

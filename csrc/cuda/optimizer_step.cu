@@ -11,6 +11,9 @@ namespace fastopt::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+// At least: left to itself, ptxas spills for more. 512 threads with 64 bytes each on their way are
+// 32 KB of a multiprocessor's loads, twice what the latency of an H100's memory asks for.
+constexpr int kBlocksPerMultiprocessor = 2;
 
 struct StepArguments {
   const DeviceTask* tasks;
@@ -48,13 +51,16 @@ struct Update {
         average(args.tail.average_weight) {}
 };
 
+template <class Rule>
+constexpr int kUsedOperands = kFirstSlot + Rule::kSlots;
+
 // kN neighbouring elements, at an address for each operand; none for one that is not there.
 template <int kN, class Storage, class Rule, class T>
 __device__ void update_lanes(const Update<Rule, T>& update, Storage* const* operands,
                              LaneRange range) {
-  bool aligned[kOperands];
+  bool aligned[kUsedOperands<Rule>];
 #pragma unroll
-  for (int k = 0; k < kOperands; ++k) aligned[k] = is_aligned(operands[k]);
+  for (int k = 0; k < kUsedOperands<Rule>; ++k) aligned[k] = is_aligned(operands[k]);
   T param[kN];
   load_lanes<kN>(operands[kParam], aligned[kParam], range, param);
   if (operands[kGrad]) {
@@ -109,17 +115,20 @@ __device__ void update_lanes(const Update<Rule, T>& update, Storage* const* oper
 }
 
 template <class Rule, class Storage, int kCapacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     optimizer_step_kernel(const __grid_constant__ StepArguments args,
                           const __grid_constant__ GradAddresses<kCapacity> grads) {
   using T = ComputeType<Storage>;
+  constexpr int kUsed = kUsedOperands<Rule>;
   if (args.tail.found_inf && *args.tail.found_inf != 0) return;
   const Share share = find_share(args.tasks, args.begin, args.end, args.first_chunk);
   const DeviceTask& task = args.tasks[share.task];
-  Storage* operands[kOperands];
+  Storage* operands[kUsed];
 #pragma unroll
-  for (int k = 0; k < kOperands; ++k) operands[k] = static_cast<Storage*>(task.operands[k]);
-  operands[kGrad] = static_cast<Storage*>(grads.at[share.task - args.begin]);
+  for (int k = 0; k < kUsed; ++k) operands[k] = static_cast<Storage*>(task.operands[k]);
+  void* const grad = grads.at[share.task - args.begin];
+  if (grad == kLeaveAlone) return;
+  operands[kGrad] = static_cast<Storage*>(grad);
   if (!operands[kGrad] && !(operands[kAverage] && args.tail.moves_averages)) return;
   const unsigned char* functor =
       args.functors ? args.functors + static_cast<int64_t>(share.task) * kFunctorBytes
@@ -128,9 +137,9 @@ __global__ void __launch_bounds__(kThreads)
   const Update<Rule, T> update(args, rule);
   if (task.walk) {
     for (int64_t element = share.start + threadIdx.x; element < share.end; element += kThreads) {
-      Storage* at[kOperands];
+      Storage* at[kUsed];
 #pragma unroll
-      for (int k = 0; k < kOperands; ++k) {
+      for (int k = 0; k < kUsed; ++k) {
         at[k] = operands[k] ? operands[k] + offset_of(*task.walk, k, element) : nullptr;
       }
       update_lanes<1>(update, at, LaneRange{0, 1});
@@ -138,9 +147,9 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const auto visit = [&](int64_t first, LaneRange range) {
-    Storage* at[kOperands];
+    Storage* at[kUsed];
 #pragma unroll
-    for (int k = 0; k < kOperands; ++k) at[k] = operands[k] ? operands[k] + first : nullptr;
+    for (int k = 0; k < kUsed; ++k) at[k] = operands[k] ? operands[k] + first : nullptr;
     update_lanes<kLanes<Storage>>(update, at, range);
   };
   for_each_pack(operands[kParam], share.start, share.end, visit);
@@ -154,7 +163,9 @@ __global__ void __launch_bounds__(kThreads)
                          const __grid_constant__ GradAddresses<kCapacity> grads) {
   if (found_inf && *found_inf != 0) return;
   const int index = begin + static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (index >= end || !grads.at[index - begin]) return;
+  if (index >= end) return;
+  void* const grad = grads.at[index - begin];
+  if (!grad || grad == kLeaveAlone) return;
   double step = rule.step;
   if (void* counter = tasks[index].step) {
     step = tasks[index].step_is_double ? *static_cast<double*>(counter) += 1

@@ -26,6 +26,11 @@ struct Scalar {
   bool is_double = false;
 };
 
+// In the place of a gradient's address: nothing is done for its task.
+inline void* const kLeaveAlone = reinterpret_cast<void*>(1);
+// A gradient without elements, whose step counts all the same.
+inline void* const kNoElements = reinterpret_cast<void*>(16);
+
 // One parameter, in a table in the device's memory.
 struct DeviceTask {
   void* operands[kOperands];  // but for the gradient: addresses that stay
@@ -53,7 +58,8 @@ struct TaskRange {
   const DeviceTask* tasks;  // on the device; all of the table
   int begin, end;
   int64_t first_chunk, chunk_end;
-  void* const* grads;  // on the host, [end - begin]; nullptr: no gradient, the average only
+  void* const* grads;  // on the host, [end - begin]; nullptr: no gradient, the average only;
+                       // kLeaveAlone
   DType dtype;
 };
 

@@ -29,14 +29,15 @@ class WeightDecay(enum.IntEnum):
 class UpdateRule(NamedTuple):
     """A row of ``csrc/core/update_rules.h`` with its numbers for one step of one group.
 
-    ``hyperparameters`` come in the order of the functor's own struct.
+    ``hyperparameters`` come in the order of the functor's own struct. A tensor is one that lies on
+    an accelerator and shall be read there.
     """
 
     name: str
     weight_decay: WeightDecay
-    decay: float
+    decay: float | Tensor
     maximize: bool
-    hyperparameters: tuple[float, ...]
+    hyperparameters: tuple[float | Tensor, ...]
 
 
 class Tail(NamedTuple):
@@ -48,12 +49,15 @@ class Tail(NamedTuple):
         clip_value: Then gradients are brought into ``[-clip_value, clip_value]``.
         zero_grad: Gradients are zeros afterwards, otherwise as the update saw them.
         average_weight: Of the new parameter in its average; 1 copies it.
+        found_inf: A gradient scaler's verdict where it shall not be read on the host: nonzero, and
+            nothing is stepped or counted.
     """
 
     grad_scale: float | Tensor = 1.0
     clip_value: float = math.inf
     zero_grad: bool = False
     average_weight: float = 0.0
+    found_inf: Tensor | None = None
 
     @property
     def changes_gradients(self) -> bool:

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from fastopt.backends.contract import AVERAGE, Created, ParamGroup, SteppedOptimizer
+from fastopt.backends.contract import AVERAGE, Created, ParamGroup, Refusal, SteppedOptimizer
+from fastopt.backends.plain_tensors import not_plain, unlike
 
 
 class Service(enum.IntEnum):
@@ -100,3 +102,54 @@ def _planned(
     _, made = created.get(id(param), (param, []))
     is_new = any(key != AVERAGE for key in made)
     return PlannedParameter(param, Service.SERVED, slots, state.get("step"), average, is_new)
+
+
+def scalar(value: float | Tensor) -> float | Tensor:
+    """A hyperparameter: a number, or a tensor of one element that stays where only a device reads.
+
+    Reading a tensor of an accelerator would wait for it, and cannot be done in a graph's capture.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.detach().reshape(())
+    return float(value)
+
+
+def stays_on_device(optimizer: SteppedOptimizer, verdict: Tensor) -> bool:
+    """Whether a gradient scaler's verdict need not be read: steps are counted beside it."""
+    counted_there = all(
+        group.get("capturable") or group.get("fused") for group in optimizer.param_groups
+    )
+    return verdict.device.type != "cpu" and counted_there
+
+
+def joined_norm(norms: Sequence[float | Tensor], order: float) -> float | Tensor:
+    """The norm of all parts together from the norms of the parts, one of them at least."""
+    if len(norms) == 1:
+        return norms[0]
+    first = next((norm for norm in norms if isinstance(norm, Tensor)), torch.empty(()))
+    parts = [torch.as_tensor(norm, dtype=torch.float64, device=first.device) for norm in norms]
+    if order == 0:  # how many tensors are not zero: the norm of counts would count the parts
+        return torch.stack(parts).sum()
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts), order)
+    return norm
+
+
+def named_refusal(
+    optimizer: SteppedOptimizer, group: int, place: int, native_reason: str, shares_memory: bool
+) -> Refusal:
+    """A native plan's refusal, in the words of ``supports`` where it has some."""
+    param = optimizer.param_groups[group]["params"][place]
+    assert param.grad is not None
+    reason = not_plain("the gradient", param.grad, param.device.type)
+    reason = reason or unlike("the gradient", param.grad, param)
+    return Refusal(group, place, reason or native_reason, shares_memory)
+
+
+def bump_versions(written: list[Tensor]) -> None:
+    """Tells autograd that tensors have changed; inference tensors do not count."""
+    try:
+        increment_version(written)
+    except RuntimeError:
+        increment_version([tensor for tensor in written if not tensor.is_inference()])

@@ -107,7 +107,8 @@ def update(
         param = param * rule.decay
     elif rule.decay != 0:
         grad = grad + rule.decay * param
-    return RULES[rule.name](param, grad, slots, rule.hyperparameters, step)
+    hyperparameters = tuple(float(value) for value in rule.hyperparameters)
+    return RULES[rule.name](param, grad, slots, hyperparameters, step)
 
 
 def surrounded_update(

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from fastopt.backends.contract import Backend, ParameterRequest
 from fastopt.backends.cpu import CpuBackend
+from fastopt.backends.cuda import CUDA
 from fastopt.backends.reference import ReferenceBackend
 from fastopt.backends.stock import TorchBackend
 
 logger = logging.getLogger("fastopt")
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CpuBackend(), TorchBackend(), ReferenceBackend())
+    backend.name: backend for backend in (CpuBackend(), CUDA, TorchBackend(), ReferenceBackend())
 }
 
 # What "auto" tries, by the parameter's device. `reference` is chosen by name only.
-AUTO_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch")}
+AUTO_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
 AUTO_ORDER_ELSEWHERE = ("torch",)
 
 _in_use: ContextVar[str | None] = ContextVar("fastopt_backend", default=None)
@@ -48,7 +49,7 @@ def use_backend(name: str) -> Iterator[None]:
     takes the fastest that can do the work; a backend named otherwise never falls back to another.
 
     Args:
-        name: ``auto``, ``cpu``, ``torch`` (stock's own implementation) or ``reference``.
+        name: ``auto``, ``cpu``, ``cuda``, ``torch`` (stock's own implementation) or ``reference``.
 
     Raises:
         ValueError: No backend is called so.

@@ -87,6 +87,8 @@ class TorchPlan:
 
     def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
         """Steps with torch's for-loop, and does what surrounds it with torch's operations."""
+        if tail.found_inf is not None and float(tail.found_inf) != 0:
+            return
         averages = self._averages(optimizer)
         for group, marks in zip(optimizer.param_groups, self._served, strict=True):
             params = [p for p, mine in members(group, marks) if mine and p.grad is not None]

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastopt.backends import registry
 from fastopt.backends.cpu import GradientList
-
-
-def joined_norm(norms: Sequence[float | Tensor], order: float) -> float | Tensor:
-    """The norm of all parts together from the norms of the parts."""
-    if not norms:
-        return 0.0
-    if len(norms) == 1:
-        return norms[0]
-    first = next((norm for norm in norms if isinstance(norm, Tensor)), torch.empty(()))
-    parts = [torch.as_tensor(norm, dtype=torch.float64, device=first.device) for norm in norms]
-    if order == 0:  # how many tensors are not zero: the norm of counts would count the parts
-        return torch.stack(parts).sum()
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts), order)
-    return norm
 
 
 def refuse_nonfinite(norm: float | Tensor, order: float) -> None:

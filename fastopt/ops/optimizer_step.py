@@ -20,9 +20,14 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
-from fastopt.backends.planning import make_missing_state, undo_state
+from fastopt.backends.planning import (
+    joined_norm,
+    make_missing_state,
+    stays_on_device,
+    undo_state,
+)
 from fastopt.backends.stock import TorchPlan
-from fastopt.ops.grad_norm import clip_coefficient, joined_norm, refuse_nonfinite
+from fastopt.ops.grad_norm import clip_coefficient, refuse_nonfinite
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -41,10 +46,9 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
         for group in optimizer.param_groups:
             optimizer._prepare(group)
         return
-    grad_scale = getattr(optimizer, "grad_scale", None)
-    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    unscale = _unscale_factor(optimizer)
     rules = tuple([optimizer._update_rule(group) for group in optimizer.param_groups])
-    writing = unscale != 1 or _changes_gradients(optimizer)
+    writing = isinstance(unscale, Tensor) or unscale != 1 or _changes_gradients(optimizer)
 
     plan = optimizer._plan
     if plan is None or not plan.collect(optimizer, rules, writing):
@@ -80,7 +84,7 @@ def _changes_gradients(optimizer: SteppedOptimizer) -> bool:
 def _tail(
     optimizer: SteppedOptimizer,
     parts: Sequence[OptimizerPlan],
-    unscale: float,
+    unscale: float | Tensor,
     averages_begin: bool,
 ) -> Tail:
     """Measures the gradients where they are to be clipped by norm, and sums the options up.
@@ -92,7 +96,8 @@ def _tail(
     if optimizer.max_grad_norm is not None:
         order = optimizer.norm_type
         norms = [part.grad_norm(optimizer, order) for part in parts]
-        norm = joined_norm([norm for norm in norms if norm is not None], order)
+        there = [norm for norm in norms if norm is not None]
+        norm = joined_norm(there, order) if there else 0.0
         if order != 0:
             norm = norm * unscale
         if optimizer.error_if_nonfinite:
@@ -100,11 +105,13 @@ def _tail(
         optimizer.grad_norm = torch.as_tensor(norm, dtype=_norm_dtype(optimizer))
         scale = unscale * clip_coefficient(optimizer.max_grad_norm, norm)
     decay = optimizer.ema_decay
+    found_inf = getattr(optimizer, "found_inf", None)
     return Tail(
         grad_scale=scale,
         clip_value=math.inf if optimizer.clip_value is None else optimizer.clip_value,
         zero_grad=optimizer.zero_grad_after_step,
         average_weight=1.0 if averages_begin or decay is None else 1 - decay,
+        found_inf=found_inf if _is_deferred(optimizer, found_inf) else None,
     )
 
 
@@ -116,9 +123,26 @@ def _norm_dtype(optimizer: SteppedOptimizer) -> torch.dtype:
 
 
 def step_is_skipped(optimizer: SteppedOptimizer) -> bool:
-    """Whether a gradient scaler has found infinities or NaN."""
+    """Whether a gradient scaler has found infinities or NaN, as far as the host is to know."""
     found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and float(found_inf) != 0
+    if found_inf is None or _is_deferred(optimizer, found_inf):
+        return False
+    return float(found_inf) != 0
+
+
+def _is_deferred(optimizer: SteppedOptimizer, found_inf: Tensor | None) -> bool:
+    return found_inf is not None and stays_on_device(optimizer, found_inf)
+
+
+def _unscale_factor(optimizer: SteppedOptimizer) -> float | Tensor:
+    """What gradients are multiplied by for a gradient scaler; a tensor where the scale is one's."""
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    if grad_scale is None:
+        return 1.0
+    if stays_on_device(optimizer, grad_scale):
+        factor: Tensor = 1.0 / grad_scale.double()
+        return factor
+    return 1.0 / float(grad_scale)
 
 
 def unscale_gradients(optimizer: SteppedOptimizer) -> None:
@@ -208,7 +232,7 @@ class StepPlan:
         return True
 
     def run(
-        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float
+        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float | Tensor
     ) -> None:
         """Steps what ``collect`` fetched, its gradients multiplied by ``unscale``."""
         try:

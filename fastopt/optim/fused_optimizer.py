@@ -15,6 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
 from fastopt.backends.contract import AVERAGE, ParamGroup, UpdateRule, WeightDecay
+from fastopt.backends.planning import scalar
 from fastopt.backends.registry import check_name
 from fastopt.ops.optimizer_step import (
     optimizer_step,
@@ -42,7 +43,7 @@ class Options(TypedDict, total=False):
         ema_decay: Keep an exponential moving average of each parameter, as
             :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn(ema_decay)``
             updated after each step. It is the parameter's state ``"ema"``.
-        backend: ``auto``, ``cpu``, ``torch`` or ``reference``; None leaves it to
+        backend: ``auto``, ``cpu``, ``cuda``, ``torch`` or ``reference``; None leaves it to
             :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
     """
 
@@ -280,14 +281,9 @@ def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
         right.copy_(kept)
 
 
-def scalar(value: float | Tensor) -> float:
-    """A hyperparameter, which may be a tensor of one element, as a number."""
-    return value if type(value) is float else float(value)
-
-
-def weight_decay_of(group: ParamGroup, decoupled: bool) -> tuple[WeightDecay, float]:
+def weight_decay_of(group: ParamGroup, decoupled: bool) -> tuple[WeightDecay, float | Tensor]:
     """The kind of decay and its factor; without decay the kind that costs nothing."""
-    weight_decay = scalar(group["weight_decay"])
+    weight_decay = float(group["weight_decay"])
     if decoupled or weight_decay == 0:
         return WeightDecay.DECOUPLED, 1 - scalar(group["lr"]) * weight_decay
     return WeightDecay.L2, weight_decay

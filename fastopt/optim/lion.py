@@ -8,7 +8,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule
-from fastopt.optim.fused_optimizer import FusedOptimizer, Options, scalar, weight_decay_of
+from fastopt.backends.planning import scalar
+from fastopt.optim.fused_optimizer import FusedOptimizer, Options, weight_decay_of
 
 
 class Lion(FusedOptimizer):
@@ -74,7 +75,7 @@ class Lion(FusedOptimizer):
 
     def _torch_step(self, group: ParamGroup) -> None:
         self._prepare(group)
-        lr, weight_decay = scalar(group["lr"]), scalar(group["weight_decay"])
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         beta1, beta2 = group["betas"]
         for param in group["params"]:
             state = self.state[param]

@@ -9,7 +9,8 @@ from torch.optim.sgd import sgd
 from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule
-from fastopt.optim.fused_optimizer import FusedOptimizer, Options, scalar, weight_decay_of
+from fastopt.backends.planning import scalar
+from fastopt.optim.fused_optimizer import FusedOptimizer, Options, weight_decay_of
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):

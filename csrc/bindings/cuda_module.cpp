@@ -1,0 +1,52 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/collectable.h"
+#include "bindings/cuda_plan.h"
+#include "bindings/group_rules.h"
+#include "bindings/torch_access.h"
+#include "cuda/device.h"
+
+#if defined(FASTOPT_HOST_SIM)
+#include "host_sim/host_sim.h"
+#define FASTOPT_CUDA_MODULE _native_cuda_sim
+#else
+#define FASTOPT_CUDA_MODULE _native_cuda
+#endif
+
+namespace py = pybind11;
+using namespace fastopt;
+
+PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
+  m.doc() = "fastopt's CUDA kernels.";
+  m.attr("update_rules") = describe_rules(cuda::kRuleInfo, cuda::kRuleCount);
+  m.attr("toolkit_version") = cuda::toolkit_version();  // 13000 is 13.0
+  m.attr("functor_bytes") = kFunctorBytes;
+
+  m.def("unavailable", &cuda::unavailable,
+        "Why there is no card to run on, in words, or an empty string.");
+  m.def("driver_version", &cuda::driver_version, "The newest CUDA that the driver serves, or 0.");
+  m.def("initialise", &torch_access::initialise, py::arg("torch"),
+        "Connects to torch; returns what this torch lacks, in words, or an empty string.");
+#if defined(FASTOPT_HOST_SIM)
+  m.def("set_seed", &host_sim::set_seed, py::arg("seed"), "The order of threads and blocks.");
+#endif
+
+  py::class_<CudaPlan>(m, "OptimizerPlan", py::module_local(),
+                       py::custom_type_setup(make_collectable<CudaPlan>))
+      .def(py::init<py::dict, py::list, int, int, bool>(), py::arg("state"), py::arg("groups"),
+           py::arg("device_type"), py::arg("device_index"), py::arg("counts_here_on_host"))
+      .def("collect", &CudaPlan::collect, py::arg("param_groups"), py::arg("state"),
+           py::arg("writing"))
+      .def("gradients", &CudaPlan::gradients)
+      .def_property_readonly("table_bytes", &CudaPlan::table_bytes)
+      .def_property_readonly("table_version", &CudaPlan::table_version)
+      .def_property_readonly("task_count", &CudaPlan::task_count)
+      .def_property_readonly("chunk_count", &CudaPlan::chunk_count)
+      .def("table", &CudaPlan::table, py::arg("address"))
+      .def("grad_norm", &CudaPlan::grad_norm, py::arg("order"), py::arg("table"),
+           py::arg("partials"), py::arg("norm"), py::arg("stream"))
+      .def("run", &CudaPlan::run, py::arg("rules"), py::arg("tail"), py::arg("table"),
+           py::arg("functors"), py::arg("stream"))
+      .def("release", &CudaPlan::release);
+}

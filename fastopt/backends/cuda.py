@@ -1,0 +1,241 @@
+"""Backend ``cuda``: the CUDA kernels of ``csrc/cuda``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt.backends.contract import (
+    Created,
+    ParameterRequest,
+    Refusal,
+    SteppedOptimizer,
+    Tail,
+    UpdateRule,
+)
+from fastopt.backends.plain_tensors import refuse_request
+from fastopt.backends.planning import (
+    bump_versions,
+    joined_norm,
+    members,
+    named_refusal,
+    planned_parameters,
+)
+
+# As DLPack numbers device types.
+DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The native module, and why it cannot be used, in words, or ""."""
+    try:
+        from fastopt import _native_cuda
+    except ImportError as error:
+        return None, f"the CUDA module is not there: {error}"
+    return _native_cuda, _native_cuda.unavailable() or _native_cuda.initialise(torch)
+
+
+class CudaBackend:
+    """Elementwise updates of all parameters of a card in a launch or two.
+
+    Args:
+        native: The native module; None where there is none.
+        missing: Why the module cannot be used, or "".
+        device: The device type whose tensors it takes. The host simulator takes the CPU's.
+    """
+
+    name = "cuda"
+
+    def __init__(self, native: ModuleType | None, missing: str, device: str = "cuda") -> None:
+        self.native = native
+        self.missing = missing
+        self.device = device
+
+    def supports(self, request: ParameterRequest) -> str | None:
+        """Plain tensors on a card, of any strides; not what autograd has to record."""
+        if self.native is None or self.missing:
+            return self.missing
+        if request.rule not in self.native.update_rules:
+            return f"no kernel has the update rule {request.rule!r}"
+        return refuse_request(request, self.device)
+
+    def plan_optimizer_step(
+        self,
+        optimizer: SteppedOptimizer,
+        served: Sequence[Sequence[bool]],
+        created: Created,
+    ) -> CudaPlan:
+        """Reads addresses and layouts once for many steps, card by card."""
+        devices = dict.fromkeys(
+            param.device
+            for group, marks in zip(optimizer.param_groups, served, strict=True)
+            for param, mine in members(group, marks)
+            if mine
+        )
+        plans = []
+        for device in devices:
+            here = [
+                [mine and param.device == device for param, mine in members(group, marks)]
+                for group, marks in zip(optimizer.param_groups, served, strict=True)
+            ]
+            planned = planned_parameters(optimizer, here, created)
+            assert self.native is not None
+            plans.append(CardPlan(self.native, optimizer, planned, device))
+        return CudaPlan(plans)
+
+
+CUDA = CudaBackend(*_load())
+
+
+class CudaPlan:
+    """The plans of all cards."""
+
+    def __init__(self, cards: list[CardPlan]) -> None:
+        self._cards = cards
+
+    def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
+        """Compares all that the plans know with the optimizer and fetches the gradients."""
+        refusals: list[Refusal] = []
+        for card in self._cards:
+            refused = card.collect(optimizer, writing)
+            if refused is None:
+                self.release()
+                return None
+            refusals += refused
+        return refusals
+
+    def grad_norm(self, optimizer: SteppedOptimizer, order: float) -> float | Tensor | None:
+        """Stays on the card, or on the first of several."""
+        norms = [norm for card in self._cards if (norm := card.grad_norm(order)) is not None]
+        return joined_norm(norms, order) if norms else None
+
+    def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
+        """Launches the kernels on each card's current stream."""
+        for card in self._cards:
+            card.run(optimizer, rules, tail)
+
+    def release(self) -> None:
+        """Drops the gradients."""
+        for card in self._cards:
+            card.release()
+
+
+class CardPlan:
+    """A native plan, and its memory on one card."""
+
+    def __init__(
+        self,
+        native: ModuleType,
+        optimizer: SteppedOptimizer,
+        planned: Sequence[Sequence[Any]],
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        # Where the simulator is the card, steps are counted where torch would count them on one.
+        on_card = [
+            group.get("capturable") or group.get("fused") for group in optimizer.param_groups
+        ]
+        self._native = native.OptimizerPlan(
+            optimizer.state,
+            planned,
+            DLPACK_DEVICES[device.type],
+            device.index or 0,
+            device.type == "cpu" and not any(on_card),
+        )
+        self._functors = self._empty(native.functor_bytes * self._native.task_count)
+        self._upload()
+
+    def _empty(self, size: int) -> Tensor:
+        return torch.empty(max(size, 16), dtype=torch.uint8, device=self._device)
+
+    def _upload(self) -> None:
+        self._version = self._native.table_version
+        self._table = self._empty(self._native.table_bytes)
+        table = self._native.table(self._table.data_ptr())
+        if table:
+            self._table[: len(table)] = torch.frombuffer(bytearray(table), dtype=torch.uint8)
+
+    def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
+        """Fetches the gradients, and brings the table up to date where their layouts are new."""
+        refused = self._native.collect(optimizer.param_groups, optimizer.state, writing)
+        if refused is None:
+            return None
+        if self._native.table_version != self._version:
+            self._upload()
+        return [named_refusal(optimizer, *refusal) for refusal in refused]
+
+    def grad_norm(self, order: float) -> Tensor | None:
+        """Of what was fetched, in double precision, on the card."""
+        grads = self._native.gradients()
+        if not grads:
+            return None
+        if order == 0 or (order != 2 and any(grad.is_complex() for grad in grads)):
+            return torch.nn.utils.get_total_norm(grads, order).double()
+        partials = torch.empty(
+            max(self._native.chunk_count, 1), dtype=torch.float64, device=self._device
+        )
+        norm = torch.empty((), dtype=torch.float64, device=self._device)
+        self._native.grad_norm(
+            order, self._table.data_ptr(), partials.data_ptr(), norm.data_ptr(), self._stream()
+        )
+        return norm
+
+    def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
+        """Launches the kernels."""
+        kept: list[Tensor] = []  # until they are launched: the allocator follows the stream
+
+        def number(value: float | Tensor) -> float | tuple[int, bool]:
+            if not isinstance(value, Tensor) or value.device.type == "cpu":
+                return float(value)
+            here = value.to(self._device)
+            if here.dtype not in (torch.float32, torch.float64):
+                here = here.double()
+            kept.append(here)
+            return here.data_ptr(), here.dtype == torch.float64
+
+        native_rules = tuple(
+            (
+                rule.name,
+                rule.weight_decay,
+                number(rule.decay),
+                rule.maximize,
+                tuple(number(value) for value in rule.hyperparameters),
+            )
+            for rule in rules
+        )
+        found_inf = 0
+        if tail.found_inf is not None:
+            kept.append(tail.found_inf.to(self._device, torch.float32))
+            found_inf = kept[-1].data_ptr()
+        native_tail = (
+            number(tail.grad_scale),
+            tail.clip_value,
+            tail.changes_gradients,
+            tail.zero_grad,
+            optimizer.ema_decay is not None,
+            tail.average_weight,
+            found_inf,
+        )
+        stream = self._stream()
+        bump_versions(
+            self._native.run(
+                native_rules, native_tail, self._table.data_ptr(), self._functors.data_ptr(), stream
+            )
+        )
+
+    def _stream(self) -> int:
+        """The current stream, on which the plan's memory is in use from now on."""
+        if self._device.type != "cuda":
+            return 0
+        stream = torch.cuda.current_stream(self._device)
+        for tensor in (self._table, self._functors):
+            tensor.record_stream(stream)
+        return stream.cuda_stream
+
+    def release(self) -> None:
+        """Drops the gradients."""
+        self._native.release()

@@ -1,0 +1,92 @@
+"""Which tensors kernels take: plain ones on their device, of any strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt import _native_cpu
+from fastopt.backends.contract import ParameterRequest
+
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+# Of tensors as the kernels see them, where a complex one has a dimension more.
+MAX_DIMS = 64
+
+
+def refuse_request(request: ParameterRequest, device: str) -> str | None:
+    """Why kernels of a device type do not step a parameter, or None."""
+    if request.group.get("differentiable"):
+        return "differentiable=True has autograd record the step"
+    reason = not_plain("the parameter", request.param, device)
+    if reason is None and request.param.is_inference():
+        reason = "the parameter was made in inference mode"
+    if reason is None and _may_overlap_itself(request.param):
+        reason = "elements of the parameter share memory"
+    for slot in request.slots:
+        reason = reason or not_plain("a state tensor", slot, device)
+        if reason is None and _may_overlap_itself(slot):
+            reason = "elements of a state tensor share memory"
+        if reason is None:
+            reason = unlike("a state tensor", slot, request.param)
+    if reason is None and request.step is not None:
+        reason = _not_a_counter(request.step, device)
+    if reason is None and request.grad is not None:
+        reason = not_plain("the gradient", request.grad, device)
+        reason = reason or unlike("the gradient", request.grad, request.param)
+    return reason
+
+
+def not_plain(what: str, tensor: Tensor, device: str) -> str | None:
+    """Why kernels of a device type cannot read a tensor, or None."""
+    tensor_type = type(tensor)
+    if tensor_type not in (Tensor, torch.nn.Parameter):
+        return f"{what} is a {tensor_type.__name__}, a subclass of torch.Tensor"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return f"{what} is inside a torch.func transform"
+    if tensor.device.type != device:
+        return f"{what} is on {tensor.device}"
+    if tensor.layout is not torch.strided:
+        return f"{what} has layout {tensor.layout}"
+    if tensor.dtype not in DTYPES:
+        return f"{what} has dtype {tensor.dtype}"
+    if tensor.is_conj() or tensor.is_neg():
+        return f"{what} is a lazily conjugated or negated view"
+    if tensor._is_zerotensor() or (tensor.numel() and tensor.data_ptr() == 0):
+        return f"{what} has no memory"
+    if tensor.dim() + tensor.is_complex() > MAX_DIMS:
+        return f"{what} has {tensor.dim()} dimensions"
+    return None
+
+
+def unlike(what: str, tensor: Tensor, param: Tensor) -> str | None:
+    """Why a tensor does not fit its parameter, or None."""
+    if tensor.device != param.device:
+        return f"{what} is on {tensor.device}, the parameter on {param.device}"
+    if tensor.dtype != param.dtype:
+        return f"{what} has dtype {tensor.dtype}, the parameter {param.dtype}"
+    if tensor.shape != param.shape:
+        return f"{what} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}"
+    return None
+
+
+def _may_overlap_itself(tensor: Tensor) -> bool:
+    return _native_cpu.may_overlap_itself(list(tensor.shape), list(tensor.stride()))
+
+
+def _not_a_counter(step: Any, device: str) -> str | None:
+    if not isinstance(step, Tensor):
+        return f"the step counter is the {type(step).__name__} {step!r}"
+    if step.dtype not in (torch.float32, torch.float64) or step.numel() != 1:
+        return f"the step counter has dtype {step.dtype} and shape {tuple(step.shape)}"
+    on_host = not_plain("the step counter", step, "cpu") is None
+    return None if on_host else not_plain("the step counter", step, device)
