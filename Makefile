@@ -13,9 +13,10 @@ export FASTOPT_HOST_SIM ?= 1
 
 # The tests that run the kernels, for `make sanitize`.
 KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
-	tests/test_conversions.py tests/test_optimizer_properties.py
+	tests/test_conversions.py tests/test_optimizer_properties.py tests/test_training_tail.py \
+	tests/test_grad_norm.py tests/test_cuda_optimizers.py
 
-.PHONY: demo test bench lint format sanitize build clean
+.PHONY: demo test bench gpu lint format sanitize build clean
 
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,11 @@ test: build
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,min,iqr,rounds
 	$(BIN)/python -m bench --output $(RESULTS)
+
+# On a machine with a card, by its own python3: nothing is installed. GPU_FLAGS=--simulate takes the
+# host simulator for the card.
+gpu:
+	$(PYTHON) -m bench.gpu --results $(if $(filter command line environment,$(origin RESULTS)),$(RESULTS),bench/results) $(GPU_FLAGS)
 
 lint: build
 	$(BIN)/ruff check .

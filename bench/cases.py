@@ -53,6 +53,8 @@ class OptimizerCase:
         transposed: The parameters are transposed views, the gradients contiguous.
         rounds: How many times each contender is timed.
         compiled: Whether Inductor takes part: for a step of 1000 tensors it compiles for minutes.
+        device: Where the tensors lie.
+        backend: The one that ours has to run on.
     """
 
     name: str
@@ -68,6 +70,8 @@ class OptimizerCase:
     transposed: bool = False
     rounds: int = 20
     compiled: bool = False
+    device: str = "cpu"
+    backend: str = "auto"
 
     @property
     def elements(self) -> int:
@@ -222,4 +226,61 @@ OPTIMIZER_CASES = (
         rounds=40,
     ),
     OptimizerCase("Lion, 16.8M", "Lion", ((LARGE,),), {"lr": 1e-4}, bytes_per_element=20),
+)
+
+
+def _on_card(name: str, optimizer: str, shapes: Shapes, **more: Any) -> OptimizerCase:
+    return OptimizerCase(name, optimizer, shapes, device="cuda", backend="cuda", **more)
+
+
+HUNDRED_MILLION = 100 * 1000 * 1000
+
+GPU_CASES = (
+    _on_card(
+        "AdamW, 100M",
+        "AdamW",
+        ((HUNDRED_MILLION,),),
+        options=ADAMW,
+        bars=_fused(1.0),
+        bandwidth_bar=0.92,
+    ),
+    _on_card(
+        "SGD momentum, 100M",
+        "SGD",
+        ((HUNDRED_MILLION,),),
+        options=MOMENTUM,
+        bytes_per_element=20,
+        bars=_fused(1.0),
+    ),
+    _on_card(
+        "AdamW bf16, 100M",
+        "AdamW",
+        ((HUNDRED_MILLION,),),
+        options=ADAMW,
+        dtype=torch.bfloat16,
+        bytes_per_element=14,
+        bars=_fused(1.0),
+    ),
+    _on_card(
+        "AdamW, 1000 x 1024", "AdamW", ((1024,),) * 1000, options=ADAMW, bars=_fused(3.0), rounds=50
+    ),
+    _on_card("AdamW, GPT-2 124M in 148", "AdamW", GPT2, options=ADAMW, bars=_fused(1.0)),
+    _on_card(
+        "clip + AdamW + zero, GPT-2 124M in 148",
+        "AdamW",
+        GPT2,
+        options=ADAMW,
+        tail=CLIP_AND_ZERO,
+        bytes_per_element=36,
+        bars=_fused(2.0),
+    ),
+    _on_card(
+        "clip + AdamW + zero + EMA, GPT-2 124M in 148",
+        "AdamW",
+        GPT2,
+        options=ADAMW,
+        tail={**CLIP_AND_ZERO, "ema_decay": 0.999},
+        bytes_per_element=44,
+        bars=_fused(2.0),
+    ),
 )

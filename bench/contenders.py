@@ -26,8 +26,8 @@ def make_parameters(case: OptimizerCase) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     params = []
     for shape in case.shapes:
-        values = torch.randn(shape, generator=generator).to(case.dtype)
-        grad = (torch.randn(shape, generator=generator) * 0.1).to(case.dtype)
+        values = torch.randn(shape, generator=generator).to(case.device, case.dtype)
+        grad = (torch.randn(shape, generator=generator) * 0.1).to(case.device, case.dtype)
         param = torch.nn.Parameter(values.t() if case.transposed else values)
         param.grad = grad
         params.append(param)
@@ -40,7 +40,8 @@ def optimizer_contenders(case: OptimizerCase) -> dict[str, Contender]:
         return _clipping_contenders(case)
     ours = getattr(fastopt.optim, case.optimizer)
     params = make_parameters(case)
-    contenders = {OURS: _contender(case, params, ours(params, **case.options, **case.tail).step)}
+    optimizer = ours(params, **case.options, **case.tail, backend=case.backend)
+    contenders = {OURS: _contender(case, params, optimizer.step)}
     stock = getattr(torch.optim, case.optimizer, None)
     if stock is None:
         composed = ours(make_parameters(case), **case.options, backend="torch")
@@ -54,7 +55,7 @@ def optimizer_contenders(case: OptimizerCase) -> dict[str, Contender]:
         if case.transposed and name == "torch fused":
             continue  # silently wrong there
         contenders[name] = _stock(case, stock, flags)
-    if case.threads > 1 and not case.transposed:
+    if case.device == "cpu" and case.threads > 1 and not case.transposed:
         contenders["torch fused, 1 thread"] = _on_one_thread(
             _stock(case, stock, {"fused": True}), case.threads
         )
@@ -129,7 +130,9 @@ def _compiled(stock: Any, case: OptimizerCase) -> Step:
 
 
 def _deepspeed(case: OptimizerCase) -> Step | None:
-    if case.tail or case.optimizer != "AdamW" or case.dtype is not torch.float32 or case.transposed:
+    if case.tail or case.optimizer != "AdamW" or case.dtype is not torch.float32:
+        return None
+    if case.transposed or case.device != "cpu":
         return None
     if importlib.util.find_spec("deepspeed") is None:
         return None
@@ -161,7 +164,8 @@ def check_parity(case: OptimizerCase) -> None:
         return
     cls = getattr(fastopt.optim, case.optimizer)
     options = {**case.options, **case.tail}
-    optimizers = cls(ours, **options), cls(truth, **options, backend="reference")
+    mine = cls(ours, **options, backend=case.backend)
+    optimizers = mine, cls(truth, **options, backend="reference")
     for _ in range(3):
         for optimizer in optimizers:
             optimizer.step()

@@ -1,4 +1,4 @@
-"""``python -m fastopt info``: what a bug report needs."""
+"""``python -m fastopt info``: what a bug report needs; ``python -m fastopt selfcheck``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 
 import fastopt
 from fastopt import _native_cpu
+from fastopt.backends import selfcheck
 from fastopt.backends.cpu import MISSING_IN_TORCH
+from fastopt.backends.cuda import CUDA, CudaBackend
 from fastopt.backends.registry import BACKENDS, requested
 
 
@@ -29,10 +31,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastopt")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, instruction sets, native modules, CUDA and Triton")
-    parser.parse_args(arguments)
+    commands.add_parser("selfcheck", help="compare the kernels of each card with torch's, now")
+    command = parser.parse_args(arguments).command
+    if command == "selfcheck":
+        return print_selfcheck(CUDA)
     for name, value in info():
         print(f"{name:<24}{value}")
     return 0
+
+
+def print_selfcheck(backend: CudaBackend) -> int:
+    """Runs every family's check on every card and prints a table.
+
+    Returns:
+        1 where a case failed, otherwise 0.
+    """
+    if backend.missing:
+        print(f"no card to check: {backend.missing}")
+        return 0
+    count = torch.cuda.device_count() if backend.device == "cuda" else 1
+    status = 0
+    for index in range(count):
+        device = torch.device(backend.device, index)
+        for name, value in backend.identity(device).items():
+            print(f"{name:<24}{value}")
+        for family in selfcheck.families():
+            for case, error in selfcheck.run(family, backend, device):
+                print(f"{family + ': ' + case:<48}{'FAILED, ' + error if error else 'passed'}")
+                status = 1 if error else status
+    return status
 
 
 def info() -> list[tuple[str, str]]:
@@ -47,10 +74,24 @@ def info() -> list[tuple[str, str]]:
         ("CPU module", MISSING_IN_TORCH or str(_native_cpu.__file__)),
         ("update rules", ", ".join(_native_cpu.update_rules)),
         ("backends", f"{', '.join(BACKENDS)}; requested: {requested(None)}"),
-        ("CUDA module", "not part of this version"),
+        ("CUDA module", _cuda_module()),
         ("CUDA in torch", _cuda()),
         ("Triton", _triton()),
     ]
+
+
+def _cuda_module() -> str:
+    if CUDA.native is None:
+        return CUDA.missing
+    toolkit, driver = CUDA.native.toolkit_version, CUDA.native.driver_version()
+    needs = f"built with CUDA {_dotted(toolkit)}, needs a driver for CUDA {toolkit // 1000}.0"
+    found = f"the driver serves CUDA {_dotted(driver)}" if driver else "no driver found"
+    usable = f"; not used: {CUDA.missing}" if CUDA.missing else ""
+    return f"{CUDA.native.__file__}, {needs}; {found}{usable}"
+
+
+def _dotted(version_number: int) -> str:
+    return f"{version_number // 1000}.{version_number % 1000 // 10}"
 
 
 def _cuda() -> str:

@@ -56,7 +56,9 @@ def test_the_choice_takes_effect_between_two_steps() -> None:
 
 
 def test_unknown_names_say_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = r"backend must be one of \['auto', 'cpu', 'torch', 'reference'\], got 'cuda9'"
+    expected = (
+        r"backend must be one of \['auto', 'cpu', 'cuda', 'torch', 'reference'\], got 'cuda9'"
+    )
     with pytest.raises(ValueError, match=expected), fastopt.use_backend("cuda9"):
         raise AssertionError("the block must not run")
     monkeypatch.setenv("FASTOPT_BACKEND", "cuda9")

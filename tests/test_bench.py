@@ -14,7 +14,7 @@ import torch
 from bench import report
 from bench.cases import GPT2, OPTIMIZER_CASES, OptimizerCase
 from bench.contenders import OURS, check_parity
-from bench.timing import interleaved
+from bench.timing import Contender, interleaved
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +26,8 @@ def test_gpt2_has_124_million_parameters_in_148_tensors() -> None:
 
 def test_contenders_take_turns_and_none_is_always_first() -> None:
     order: list[str] = []
-    timings = interleaved({name: lambda n=name: order.append(n) for name in "abc"}, rounds=6)
+    contenders = {name: Contender(lambda n=name: order.append(n)) for name in "abc"}
+    timings = interleaved(contenders, rounds=6)
     rounds = [order[i : i + 6 : 2] for i in range(0, len(order), 6)][2:]
     assert order[::2] == order[1::2]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,9 +34,12 @@ def setup(tree: Path, *arguments: str, **environment: str) -> subprocess.Complet
         cwd=tree,
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **CUDA_OFF, **environment},
         timeout=300,
     )
+
+
+CUDA_OFF = {"FASTOPT_CUDA": "off", "FASTOPT_HOST_SIM": "0"}
 
 
 def test_no_compiler_says_what_to_install(tmp_path: Path) -> None:
@@ -90,3 +95,56 @@ def test_sdist_has_the_sources_and_wheel_builds_from_it(tmp_path: Path) -> None:
     assert any(name.startswith("fastopt/_native_cpu") for name in files)
     assert "fastopt/py.typed" in files and "fastopt/_native_cpu.pyi" in files
     assert not any(name.startswith(("csrc", "tests", "bench")) for name in files)
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"FASTOPT_CUDA": "maybe"}, "FASTOPT_CUDA must be auto, on or off, got 'maybe'"),
+        ({"FASTOPT_CUDA": "on", "FASTOPT_CUDA_ARCHS": "80,90"}, "FASTOPT_CUDA_ARCHS must list"),
+        ({"FASTOPT_CUDA": "on", "PATH": "", "CUDA_HOME": ""}, "Install NVIDIA's CUDA toolkit"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_of_cuda(tmp_path: Path, environment: dict[str, str], text: str) -> None:
+    if "PATH" in environment and shutil.which("nvcc", path="/usr/local/cuda/bin"):
+        pytest.skip("nvcc is where it is looked for without PATH")
+    if "FASTOPT_CUDA_ARCHS" in environment and shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    result = setup(source_tree(tmp_path), "build_ext", **environment)
+    assert result.returncode != 0
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def ptxas_reports() -> list[Path]:
+    return sorted((ROOT / "build").glob("temp.*/fastopt._native_cuda/*.ptxas"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_no_optimizer_kernel_spills() -> None:
+    """By the report that the build keeps: registers, shared memory, spills of every kernel."""
+    reports = [path for path in ptxas_reports() if "registers" in path.read_text()]
+    assert reports
+    for path in reports:
+        kernels = re.findall(
+            r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?"
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+            path.read_text(),
+            flags=re.DOTALL,
+        )
+        assert kernels
+        for name, arch, stores, loads, registers in kernels:
+            assert stores == loads == "0", f"{name} spills on {arch}"
+            assert int(registers) <= 128, f"{name} takes {registers} registers on {arch}"
+
+
+@pytest.mark.skipif(not list((ROOT / "fastopt").glob("_native_cuda.*.so")), reason="no CUDA module")
+def test_the_cuda_module_needs_no_cuda_library_and_says_what_is_missing() -> None:
+    (module,) = (ROOT / "fastopt").glob("_native_cuda.*.so")
+    linked = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"libcu|libtorch|libc10", linked)
+    code = "import fastopt; from fastopt import _native_cuda as c; print(c.unavailable())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert torch.cuda.is_available() or "CUDA" in result.stdout

@@ -10,14 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
+
 # Each room with the rooms that it may include or import.
 NATIVE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},
-    "bindings": {"core", "cpu", "bindings"},
+    "cuda": {"core", "cuda", "host_sim"},
+    "host_sim": {"core", "host_sim"},
+    "bindings": {"core", "cpu", "cuda", "host_sim", "bindings"},
 }
 PYTHON = {
-    "backends": {"backends", "_native_cpu"},
+    "backends": {"backends", "_native_cpu", "_native_cuda"},
     "ops": {"ops", "backends"},
     "optim": {"optim", "ops", "backends"},
     "nn": {"nn", "ops", "backends"},
@@ -26,7 +30,7 @@ PYTHON = {
 
 @pytest.mark.parametrize("room", NATIVE)
 def test_native_includes(room: str) -> None:
-    files = [p for p in (ROOT / "csrc" / room).iterdir() if p.suffix in (".h", ".cpp")]
+    files = [p for p in (ROOT / "csrc" / room).iterdir() if p.suffix in SUFFIXES]
     assert files
     for path in files:
         for included in re.findall(r'#include "([^"]+)"', path.read_text()):

@@ -79,8 +79,8 @@ class CpuPlan:
         """Runs the kernels and tells autograd what they wrote."""
         if tail.found_inf is not None and float(tail.found_inf) != 0:
             return
-        tail = tail._replace(grad_scale=float(tail.grad_scale))
-        bump_versions(self._native.run(rules, tail, torch.get_num_threads()))
+        numbers = float(tail.grad_scale), tail.clip_value, tail.zero_grad, tail.average_weight
+        bump_versions(self._native.run(rules, numbers, torch.get_num_threads()))
 
     def release(self) -> None:
         """Drops the gradients."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastopt.backends import selfcheck
 from fastopt.backends.contract import (
     Created,
     ParameterRequest,
@@ -39,6 +43,14 @@ def _load() -> tuple[ModuleType | None, str]:
     return _native_cuda, _native_cuda.unavailable() or _native_cuda.initialise(torch)
 
 
+@functools.cache
+def _card(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "the host simulator"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+
+
 class CudaBackend:
     """Elementwise updates of all parameters of a card in a launch or two.
 
@@ -61,7 +73,20 @@ class CudaBackend:
             return self.missing
         if request.rule not in self.native.update_rules:
             return f"no kernel has the update rule {request.rule!r}"
-        return refuse_request(request, self.device)
+        reason = refuse_request(request, self.device)
+        return reason or selfcheck.refusal("optimizer_step", self, request.param.device)
+
+    def identity(self, device: torch.device) -> dict[str, str]:
+        """The card, and what its kernels' results could hang on."""
+        assert self.native is not None and self.native.__file__ is not None
+        build = Path(self.native.__file__).stat()
+        return {
+            "card": _card(device),
+            "driver": str(self.native.driver_version()),
+            "torch": torch.__version__,
+            "fastopt": version("fastopt"),
+            "build": f"{build.st_size} bytes of {build.st_mtime_ns}",
+        }
 
     def plan_optimizer_step(
         self,

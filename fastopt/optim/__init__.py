@@ -2,6 +2,7 @@
 
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
+from fastopt.optim import self_check  # noqa: F401  # registers itself
 from fastopt.optim.adam import Adam
 from fastopt.optim.adamw import AdamW
 from fastopt.optim.fused_optimizer import Options

@@ -1,0 +1,265 @@
+"""``make gpu``: builds, proves and measures everything on a machine with a card.
+
+Each stage is a process with a time limit of its own, and one that fails does not stop the rest. The
+verdicts, the ends of the outputs and the benchmark's figures go into one JSON file, its table into a
+Markdown file beside it. ``--simulate`` takes the host simulator for the card: it proves this file,
+and its times say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+COPY_PROBE = "copy_ of 100M"
+TOTAL_SECONDS = 8 * 60
+KEPT_CHARACTERS = 4000
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A command, what it needs, and how long it may take."""
+
+    name: str
+    command: list[str]
+    seconds: int
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def stages(simulate: bool, figures: Path) -> list[Stage]:
+    """Everything, in order."""
+    python, pytest = [sys.executable], [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    card = {} if simulate else {"FASTOPT_TEST_DEVICE": "cuda"}
+    build = {"FASTOPT_HOST_SIM": "1"} if simulate else {"FASTOPT_CUDA": "on", **_archs()}
+    parity = ["tests/test_cuda_optimizers.py", "tests/test_cuda_device.py"]
+    result = [
+        Stage("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 240, build),
+        Stage("parity on the card", [*pytest, *parity], 150, card),
+        Stage(
+            "benchmark",
+            [*python, "-m", "bench.gpu", "--figures", str(figures)]
+            + (["--simulate"] if simulate else []),
+            150,
+        ),
+        Stage("self-check", [*python, "-m", "fastopt", "selfcheck"], 60),
+    ]
+    if simulate:
+        return result
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    some = ["tests/test_cuda_optimizers.py", "-k", "any_layout or norm_types"]
+    result.append(
+        Stage("compute-sanitizer", [sanitizer, "--error-exitcode", "1", *pytest, *some], 120, card)
+    )
+    cpu = [
+        "tests/test_optimizer_parity.py",
+        "tests/test_training_tail.py",
+        "tests/test_grad_norm.py",
+    ]
+    for isa in _instruction_sets():
+        environment = {"FASTOPT_CPU_ISA": isa}
+        result.append(Stage(f"CPU parity, {isa}", [*pytest, *cpu], 60, environment))
+        quick = ["-m", "bench", "--quick", "--processes", "1", "--only", "AdamW, 1"]
+        result.append(Stage(f"CPU benchmark, {isa}", [*python, *quick], 60, environment))
+    return result
+
+
+def _archs() -> dict[str, str]:
+    """Machine code for the cards that are here alone."""
+    if "FASTOPT_CUDA_ARCHS" in os.environ:
+        return {}
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    names = [f"{major}{minor}" + ("a" if major == 9 else "") for major, minor in sorted(found)]
+    return {"FASTOPT_CUDA_ARCHS": " ".join(names)}
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    code = "from fastopt import _native_cpu as c; print(*c.instruction_sets)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return tuple(result.stdout.split()) or ("baseline",)
+
+
+def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
+    """Runs a command and never raises."""
+    print(f"== {stage.name}", flush=True)
+    start = time.monotonic()
+    limit = max(1.0, min(stage.seconds, seconds))
+    try:
+        result = subprocess.run(
+            stage.command,
+            cwd=ROOT,
+            env={**os.environ, **stage.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit,
+            check=False,
+        )
+        verdict = "passed" if result.returncode == 0 else f"failed with {result.returncode}"
+        output = result.stdout
+    except subprocess.TimeoutExpired as error:
+        verdict = f"stopped after {limit:.0f} s"
+        output = (error.stdout or b"").decode(errors="replace")
+    except OSError as error:
+        verdict, output = f"did not start: {error}", ""
+    took = time.monotonic() - start
+    print(
+        output[-KEPT_CHARACTERS:], f"== {stage.name}: {verdict}, {took:.0f} s", sep="\n", flush=True
+    )
+    return {"verdict": verdict, "seconds": round(took, 1), "output": output[-KEPT_CHARACTERS:]}
+
+
+def run_all(folder: Path, simulate: bool) -> int:
+    """Runs the stages and writes the files. Returns how many stages failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = folder / "figures.json"
+    deadline = time.monotonic() + TOTAL_SECONDS
+    verdicts: dict[str, dict[str, Any]] = {}
+    build, *rest = stages(simulate, figures)
+    verdicts[build.name] = run_stage(build, build.seconds)
+    # What the processor can do is known once the module is built.
+    for stage in rest if simulate else stages(simulate, figures)[1:]:
+        verdicts[stage.name] = run_stage(stage, deadline - time.monotonic())
+    result: dict[str, Any] = {"simulated": simulate, "stages": verdicts, "cases": {}}
+    if figures.exists():
+        result |= json.loads(figures.read_text())
+        figures.unlink()
+    name = re.sub(r"[^a-z0-9]+", "-", result.get("machine", {}).get("card", "unknown").lower())
+    path = folder / f"gpu-{name.strip('-')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    table = gpu_table(result)
+    path.with_suffix(".md").write_text(table + "\n")
+    print(table)
+    return sum(verdict["verdict"] != "passed" for verdict in verdicts.values())
+
+
+def measure(simulate: bool) -> dict[str, Any]:
+    """Checks and times the cases of a card, with the copy bandwidth in the same rounds."""
+    import torch
+
+    from bench.cases import GPU_CASES, HUNDRED_MILLION
+    from bench.contenders import check_parity, optimizer_contenders
+    from bench.run import machine
+    from bench.timing import Contender, interleaved
+
+    def synchronised(call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            call()
+            if not simulate:
+                torch.cuda.synchronize()
+
+        return run
+
+    cases = {}
+    for case in GPU_CASES:
+        if simulate:
+            small = tuple(tuple(min(size, 40) for size in shape) for shape in case.shapes[:5])
+            case = dataclasses.replace(case, shapes=small, device="cpu", rounds=3)
+        check_parity(case)
+        contenders = optimizer_contenders(case)
+        size = 1000 if simulate else HUNDRED_MILLION
+        source, target = (torch.ones(size, device=case.device) for _ in range(2))
+        contenders[COPY_PROBE] = Contender(lambda t=target, s=source: t.copy_(s))  # type: ignore[misc]
+        timed = {
+            name: Contender(synchronised(contender.call), synchronised(contender.prepare))
+            for name, contender in contenders.items()
+        }
+        timings = interleaved(timed, case.rounds)
+        cases[case.name] = {name: dataclasses.asdict(timing) for name, timing in timings.items()}
+        print(
+            case.name, {name: f"{t.median * 1e3:.3f} ms" for name, t in timings.items()}, flush=True
+        )
+    card = "the host simulator" if simulate else torch.cuda.get_device_name()
+    return {"machine": {**machine(), "card": card}, "cases": cases}
+
+
+def gpu_table(result: dict[str, Any] | None) -> str:
+    """A Markdown table; "not yet measured" where no card has produced a figure."""
+    from bench.cases import GPU_CASES, HUNDRED_MILLION
+    from bench.contenders import OURS
+
+    contenders = ("torch default", "torch foreach", "torch fused")
+    lines = []
+    if result is not None and "machine" in result:
+        machine = result["machine"]
+        simulated = (
+            " These are times of a simulator and say nothing." if result["simulated"] else ""
+        )
+        lines += [
+            f"{machine['card']}, torch {machine['torch']}, fastopt {machine['fastopt']} at "
+            f"{machine['commit']}, {machine['date']}.{simulated} Columns give the contender's median "
+            "over fastopt's; bandwidth is the fraction of `copy_`'s in the same rounds.",
+            "",
+        ]
+    lines += [
+        "| case | fastopt, ms | " + " | ".join(contenders) + " | bandwidth | bars |",
+        "|" + "---|" * (len(contenders) + 4),
+    ]
+    cases = {} if result is None else result["cases"]
+    for case in GPU_CASES:
+        bars = [f"{bar.ratio:g}x {bar.contender}" for bar in case.bars]
+        if case.bandwidth_bar:
+            bars.append(f"{case.bandwidth_bar:.0%} of copy_'s bandwidth")
+        if case.name not in cases:
+            lines.append(f"| {case.name} | not yet measured |  |  |  |  | {'<br>'.join(bars)} |")
+            continue
+        timings = cases[case.name]
+        ours = timings[OURS]["median"]
+        ratios = [f"{timings[name]['median'] / ours:.2f}" for name in contenders]
+        probe = 8 * HUNDRED_MILLION / timings[COPY_PROBE]["median"]
+        fraction = case.elements * case.bytes_per_element / ours / probe
+        lines.append(
+            f"| {case.name} | {ours * 1e3:.3g} | {' | '.join(ratios)} | {fraction:.0%} "
+            f"| {'<br>'.join(bars)} |"
+        )
+    if result is not None and result.get("stages"):
+        lines += ["", "| stage | verdict | seconds |", "|---|---|---|"]
+        for name, stage in result["stages"].items():
+            lines.append(f"| {name} | {stage['verdict']} | {stage['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--simulate", action="store_true", help="the host simulator is the card")
+    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.figures:
+        if arguments.simulate:
+            _simulate()
+        arguments.figures.write_text(json.dumps(measure(arguments.simulate)))
+        return 0
+    return 1 if run_all(arguments.results, arguments.simulate) else 0
+
+
+def _simulate() -> None:
+    import torch
+
+    from fastopt import _native_cuda_sim as simulator
+    from fastopt.backends import registry
+    from fastopt.backends.cuda import CudaBackend
+
+    card = CudaBackend(simulator, simulator.initialise(torch), "cpu")
+    registry.BACKENDS["cuda"] = card
+
+
+if __name__ == "__main__":
+    sys.exit(main())

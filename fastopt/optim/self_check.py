@@ -1,0 +1,93 @@
+"""The parity cases that the optimizers' kernels have to pass on a card before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastopt.backends.selfcheck import Outcome, register
+from fastopt.optim.adam import Adam
+from fastopt.optim.adamw import AdamW
+from fastopt.optim.lion import Lion
+from fastopt.optim.sgd import SGD
+
+# Odd, empty, longer than a block's share; the last is a transposed view.
+SHAPES = ((), (0,), (7,), (1000,), (4097,), (33, 40))
+STEPS = 3
+
+# The reference rounds once, as the kernels do.
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+TAIL = {"max_grad_norm": 1.0, "zero_grad_after_step": True, "ema_decay": 0.9, "clip_value": 0.4}
+# A larger eps than the default: half precision would lose it.
+CASES: tuple[tuple[str, type[Any], dict[str, Any], torch.dtype], ...] = (
+    ("SGD", SGD, {"lr": 0.1, "weight_decay": 0.1}, torch.float32),
+    ("SGD with momentum", SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1}, torch.float32),
+    ("SGD with Nesterov momentum", SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+     torch.float64),
+    ("Adam", Adam, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1}, torch.float32),
+    ("Adam, amsgrad", Adam, {"lr": 0.01, "eps": 1e-3, "amsgrad": True}, torch.float16),
+    ("AdamW", AdamW, {"lr": 0.01, "eps": 1e-3, "maximize": True}, torch.bfloat16),
+    ("AdamW, clipped and averaged", AdamW, {"lr": 0.01, "eps": 1e-3, **TAIL}, torch.float32),
+    ("Lion", Lion, {"lr": 0.01, "weight_decay": 0.1}, torch.float32),
+)  # fmt: skip
+
+
+def check_optimizers(device: torch.device, backend: str) -> Iterator[Outcome]:
+    """Trains a few tensors with the kernels and with stock, or the reference where stock has none.
+
+    In low precision stock rounds more often, so the reference stands in there too.
+    """
+    for name, cls, options, dtype in CASES:
+        yield Outcome(name, _compare(cls, options, dtype, device, backend))
+
+
+def _compare(
+    cls: type[Any], options: dict[str, Any], dtype: torch.dtype, device: torch.device, backend: str
+) -> str:
+    ours, theirs = _parameters(dtype, device), _parameters(dtype, device)
+    optimizer = cls(ours, **options, backend=backend)
+    stock = getattr(torch.optim, cls.__name__, None)
+    has_stock = stock is not None and dtype in (torch.float32, torch.float64)
+    other: Optimizer
+    if has_stock and stock is not None and not TAIL.keys() & options.keys():
+        other = stock(theirs, **options, foreach=False)
+    else:
+        other = cls(theirs, **options, backend="reference")
+    for step in range(STEPS):
+        for index, (mine, twin) in enumerate(zip(ours, theirs, strict=True)):
+            twin.grad = _values(tuple(mine.shape), dtype, device, 100 * step + index)
+            mine.grad = twin.grad.clone()
+            if index == 3 and step == 1:
+                mine.grad = twin.grad = None
+        optimizer.step()
+        other.step()
+    tolerance = TOLERANCES[dtype]
+    for mine, twin in zip(ours, theirs, strict=True):
+        pairs = [(mine, twin)]
+        pairs += [(optimizer.state[mine][key], v) for key, v in other.state[twin].items()]
+        for actual, expected in pairs:
+            try:
+                torch.testing.assert_close(
+                    actual.detach().cpu(), expected.detach().cpu(), rtol=tolerance, atol=tolerance
+                )
+            except AssertionError as error:
+                return f"shape {list(mine.shape)}: {' '.join(str(error).split())}"
+    return ""
+
+
+def _parameters(dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
+    values = [_values(shape, dtype, device, seed) for seed, shape in enumerate(SHAPES)]
+    return [torch.nn.Parameter(tensor) for tensor in (*values[:-1], values[-1].t())]
+
+
+def _values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+register("optimizer_step", check_optimizers)
