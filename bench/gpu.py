@@ -1,9 +1,9 @@
 """``make gpu``: builds, proves and measures everything on a machine with a card.
 
-Each stage is a process with a time limit of its own, and one that fails does not stop the rest. The
-verdicts, the ends of the outputs and the benchmark's figures go into one JSON file, its table into a
-Markdown file beside it. ``--simulate`` takes the host simulator for the card: it proves this file,
-and its times say nothing.
+Each stage is a process with a time limit of its own, and one that fails does not stop the rest.
+Verdicts, the ends of the outputs and the benchmark's figures go into one JSON file, the table into
+a Markdown file beside it. ``--simulate`` takes the host simulator for the card: it proves this
+file, and its times say nothing.
 """
 
 from __future__ import annotations
@@ -61,11 +61,7 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
     result.append(
         Stage("compute-sanitizer", [sanitizer, "--error-exitcode", "1", *pytest, *some], 120, card)
     )
-    cpu = [
-        "tests/test_optimizer_parity.py",
-        "tests/test_training_tail.py",
-        "tests/test_grad_norm.py",
-    ]
+    cpu = [f"tests/test_{name}.py" for name in ("optimizer_parity", "training_tail", "grad_norm")]
     for isa in _instruction_sets():
         environment = {"FASTOPT_CPU_ISA": isa}
         result.append(Stage(f"CPU parity, {isa}", [*pytest, *cpu], 60, environment))
@@ -203,8 +199,8 @@ def gpu_table(result: dict[str, Any] | None) -> str:
         )
         lines += [
             f"{machine['card']}, torch {machine['torch']}, fastopt {machine['fastopt']} at "
-            f"{machine['commit']}, {machine['date']}.{simulated} Columns give the contender's median "
-            "over fastopt's; bandwidth is the fraction of `copy_`'s in the same rounds.",
+            f"{machine['commit']}, {machine['date']}.{simulated} Columns give the contender's "
+            "median over fastopt's; bandwidth is the fraction of `copy_`'s in the same rounds.",
             "",
         ]
     lines += [
@@ -253,7 +249,7 @@ def main() -> int:
 def _simulate() -> None:
     import torch
 
-    from fastopt import _native_cuda_sim as simulator
+    from fastopt import _native_cuda_sim as simulator  # type: ignore[attr-defined]
     from fastopt.backends import registry
     from fastopt.backends.cuda import CudaBackend
 

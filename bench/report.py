@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.cases import OPTIMIZER_CASES, OptimizerCase
 from bench.contenders import OURS, STOCK
+from bench.gpu import gpu_table
 from bench.run import BANDWIDTH_PROBE, ROOT
 
 RESULTS = Path(__file__).parent / "results"
@@ -140,7 +141,13 @@ def picture(result: dict[str, Any], path: Path) -> None:
 
 def committed_results() -> list[Path]:
     """Every machine's file but the one that ``make bench`` writes for oneself."""
-    return [path for path in sorted(RESULTS.glob("*.json")) if path.name != "local.json"]
+    paths = sorted(RESULTS.glob("*.json"))
+    return [p for p in paths if p.name != "local.json" and not p.name.startswith("gpu-")]
+
+
+def gpu_results() -> list[Path]:
+    """What ``make gpu`` has written on machines with cards."""
+    return sorted(RESULTS.glob("gpu-*.json"))
 
 
 def render() -> None:
@@ -151,6 +158,10 @@ def render() -> None:
         svg = path.with_suffix(".svg")
         picture(result, svg)
         parts += [f"![speed-up]({svg.relative_to(ROOT)})", "", table(result), ""]
+    parts += ["### On a card", ""]
+    on_cards = [json.loads(path.read_text()) for path in gpu_results()]
+    for card in on_cards or [None]:
+        parts += [gpu_table(card), ""]
     readme = ROOT / "README.md"
     text = readme.read_text()
     before, rest = text.split(BEGIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +41,13 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"the CUDA module is not there: {error}"
     return _native_cuda, _native_cuda.unavailable() or _native_cuda.initialise(torch)
+
+
+def _version() -> str:
+    try:
+        return version("fastopt")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
 
 
 @functools.cache
@@ -84,7 +91,7 @@ class CudaBackend:
             "card": _card(device),
             "driver": str(self.native.driver_version()),
             "torch": torch.__version__,
-            "fastopt": version("fastopt"),
+            "fastopt": _version(),
             "build": f"{build.st_size} bytes of {build.st_mtime_ns}",
         }
 
