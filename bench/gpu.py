@@ -247,14 +247,12 @@ def main() -> int:
 
 
 def _simulate() -> None:
-    import torch
 
     from fastopt import _native_cuda_sim as simulator  # type: ignore[attr-defined]
     from fastopt.backends import registry
     from fastopt.backends.cuda import CudaBackend
 
-    card = CudaBackend(simulator, simulator.initialise(torch), "cpu")
-    registry.BACKENDS["cuda"] = card
+    registry.BACKENDS["cuda"] = CudaBackend(simulator, "cpu")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class GradientList:
     unwritable: str
     tensors: list[Tensor]
     has_complex: bool
+    has_empty: bool
     dtypes: set[int]
     def norm(self, order: float, threads: int) -> float: ...
     def clip(self, scale: float, clip_value: float, threads: int) -> list[Tensor]: ...

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from fastopt.backends import registry
 from fastopt.backends.cuda import CUDA, CudaBackend
@@ -25,7 +24,7 @@ def backend() -> CudaBackend:
         return CUDA
     from fastopt import _native_cuda_sim as simulator
 
-    return CudaBackend(simulator, simulator.initialise(torch), DEVICE)
+    return CudaBackend(simulator, DEVICE)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def wrong_card() -> CudaBackend:
     native = types.ModuleType("wrong")
     vars(native).update(vars(right))
     native.OptimizerPlan = WrongPlan  # type: ignore[attr-defined]
-    return CudaBackend(native, "", DEVICE)
+    return CudaBackend(native, DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -212,5 +212,5 @@ def test_the_command_prints_a_table(
     use(monkeypatch, wrong_card())
     assert print_selfcheck(wrong_card()) == 1
     assert "FAILED, shape []" in capsys.readouterr().out
-    assert print_selfcheck(CudaBackend(None, "no CUDA driver")) == 0
+    assert print_selfcheck(CudaBackend("no CUDA driver")) == 0
     assert "no card to check: no CUDA driver" in capsys.readouterr().out

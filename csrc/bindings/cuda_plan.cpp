@@ -86,7 +86,7 @@ CudaPlan::CudaPlan(py::dict state, py::list groups, int device_type, int device_
       }
     }
   }
-  for (const Part& part : parts_) load_optimizer_kernels(part.dtype);
+  for (const Part& part : parts_) load_kernels(part.dtype, device_index_);
 }
 
 int64_t CudaPlan::table_bytes() const {
@@ -205,6 +205,7 @@ py::list CudaPlan::run(py::tuple rules, py::tuple surroundings, uintptr_t table,
   for (Entry& entry : entries_) {
     if (!entry.grad.tensor) continue;
     note_written(entry, zero_grad || changes, written);
+    if (zero_grad) detach_gradient(entry);
     memory.emplace_back(entry.grad.data, entry.grad.extent, 0);
   }
   const SimulatedMemory simulated(memory);

@@ -72,7 +72,10 @@ void GradientList::add(py::handle tensor) {
   has_complex = has_complex || description.dtype.code == torch_access::kDLComplex;
   overlaps_itself_ = overlaps_itself_ || layout.may_overlap_itself();
   const int64_t numel = layout.numel();
-  if (numel == 0) return;
+  if (numel == 0) {
+    has_empty = true;
+    return;
+  }
   walks_.push_back(walk_of({{kGrad, &layout}}));
   tasks_.push_back({description.data, walks_.back().get(), numel, 0, layout.dtype});
   extents_.emplace_back(description.data, layout.extent(), extents_.size());

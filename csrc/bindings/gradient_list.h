@@ -29,7 +29,7 @@ class GradientList {
   pybind11::list clip(double scale, double clip_value, int threads);
 
   pybind11::list tensors;  // with or without elements
-  bool has_complex = false;
+  bool has_complex = false, has_empty = false;
   pybind11::set dtypes;  // numbers of DType
 
  private:

@@ -75,6 +75,7 @@ Layout layout_of(const Description& tensor) {
 
 std::unique_ptr<Walk> walk_of(const std::vector<std::pair<int, const Layout*>>& operands) {
   const Layout& first = *operands[0].second;
+  if (first.numel() == 0) return nullptr;
   std::vector<size_t> order;
   for (size_t d = 0; d < first.sizes.size(); ++d) {
     if (first.sizes[d] != 1) order.push_back(d);

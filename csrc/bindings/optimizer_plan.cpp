@@ -86,6 +86,7 @@ py::list OptimizerPlan::run(py::tuple rules, py::tuple surroundings, int threads
       task.bound_rule = bind(groups[entry.group], entry);
       entry.is_new = false;
       note_written(entry, tail.zero_grad || tail.changes_gradients(), written);
+      if (tail.zero_grad) detach_gradient(entry);
     }
     if (entry.runs_alone) {
       alone.push_back(task);

@@ -209,7 +209,7 @@ StepPlan::Refusal StepPlan::refuse_gradient(Entry& entry, bool writing) {
   if (torch_access::is_lazily_changed(grad.tensor.ptr(), tensor)) {
     return {"the gradient is a lazily conjugated or negated view"};
   }
-  if (!grad.data || !std::equal(grad.strides.begin(), grad.strides.end(), tensor.strides)) {
+  if (!grad.is_planned || !std::equal(grad.strides.begin(), grad.strides.end(), tensor.strides)) {
     const Layout layout = layout_of(tensor);
     grad.strides.assign(tensor.strides, tensor.strides + tensor.dims);
     grad.lies_as_param = layout.strides == entry.layout.strides;
@@ -217,6 +217,7 @@ StepPlan::Refusal StepPlan::refuse_gradient(Entry& entry, bool writing) {
     grad.may_overlap_itself = layout.may_overlap_itself();
     grad.is_dense = !grad.may_overlap_itself && grad.extent == entry.numel * layout.element_size();
     plan_walk(entry, &layout);
+    grad.is_planned = true;
     grad.data = nullptr;
   }
   if (grad.data != tensor.data) grad.check = 0;
@@ -344,6 +345,10 @@ void StepPlan::check_slots(const Entry& entry, int slots) const {
   if (entry.grad.tensor && static_cast<int>(entry.slots.size()) != slots) {
     throw std::invalid_argument("a rule needs another number of state tensors");
   }
+}
+
+void StepPlan::detach_gradient(const Entry& entry) const {
+  if (torch_access::requires_grad(entry.grad.tensor.ptr())) entry.grad.tensor.attr("detach_")();
 }
 
 void StepPlan::note_written(const Entry& entry, bool gradients, py::list written) const {

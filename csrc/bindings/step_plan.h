@@ -67,6 +67,7 @@ class StepPlan {
     pybind11::object tensor;  // empty between steps
     void* data = nullptr;
     std::vector<int64_t> strides;  // as torch has them
+    bool is_planned = false;       // what follows is that of `strides`
     bool lies_as_param = false;
     bool is_dense = false;
     int64_t extent = 0;
@@ -120,6 +121,8 @@ class StepPlan {
   void check_slots(const Entry& entry, int slots) const;
   // What a step writes and autograd may have saved.
   void note_written(const Entry& entry, bool gradients, pybind11::list written) const;
+  // A gradient that is to be zeros leaves the graph that made it, as in torch's zero_grad.
+  void detach_gradient(const Entry& entry) const;
 
   std::vector<Entry> entries_;
   std::vector<int> group_sizes_;

@@ -48,6 +48,7 @@ struct Torch {
   const PyMethodDef* is_neg = nullptr;
   const PyMethodDef* is_conj = nullptr;
   const PyGetSetDef* grad = nullptr;
+  const PyGetSetDef* requires_grad = nullptr;
 };
 Torch torch_;
 
@@ -109,7 +110,8 @@ std::string initialise(py::module_ torch) {
   torch_.is_neg = method_of(tensor_type, "is_neg");
   torch_.is_conj = method_of(tensor_type, "is_conj");
   torch_.grad = property_of(tensor_type, "grad");
-  if (!torch_.is_neg || !torch_.is_conj || !torch_.grad) {
+  torch_.requires_grad = property_of(tensor_type, "requires_grad");
+  if (!torch_.is_neg || !torch_.is_conj || !torch_.grad || !torch_.requires_grad) {
     return "this torch does not write torch.Tensor.grad or is_neg in C";
   }
   const auto kept = [](py::object object) { return object.release().ptr(); };
@@ -170,6 +172,14 @@ PyObject* gradient_of(PyObject* tensor) {
   PyObject* grad = torch_.grad->get(tensor, torch_.grad->closure);
   if (!grad) throw py::error_already_set();
   return grad;
+}
+
+bool requires_grad(PyObject* tensor) {
+  PyObject* answer = torch_.requires_grad->get(tensor, torch_.requires_grad->closure);
+  if (!answer) throw py::error_already_set();
+  const bool result = answer == Py_True;
+  Py_DECREF(answer);
+  return result;
 }
 
 TensorHandle::TensorHandle(py::handle tensor) {

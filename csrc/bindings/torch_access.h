@@ -69,6 +69,8 @@ bool is_lazily_changed(PyObject* tensor, const Description& description);
 // A new reference. The object must be a tensor.
 PyObject* gradient_of(PyObject* tensor);
 
+bool requires_grad(PyObject* tensor);
+
 // A tensor's description at any time, through the C ABI. Holds a reference to the tensor.
 class TensorHandle {
  public:

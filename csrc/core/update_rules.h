@@ -86,7 +86,7 @@ struct Clamp {
   template <class V>
   HOST_DEVICE V operator()(V value) const {
     const V upper = V() + limit, lower = V() - limit;
-    return maximum(lower, minimum(upper, value));
+    return minimum(upper, maximum(lower, value));
   }
 };
 

@@ -11,19 +11,20 @@ namespace fastopt::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+constexpr int kJoiningThreads = 1024;
 
 // The join of all threads' values, in thread 0. Called by a whole block.
 template <class Order>
 __device__ double join_block(const Order& order, double value) {
-  __shared__ double of_warps[kWarps];
+  __shared__ double of_warps[32];
   for (int distance = 16; distance > 0; distance /= 2) {
     value = order.join(value, __shfl_down_sync(0xFFFFFFFFu, value, distance));
   }
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kWarps; ++warp) value = order.join(value, of_warps[warp]);
+    const int warps = static_cast<int>(blockDim.x) / 32;
+    for (int warp = 1; warp < warps; ++warp) value = order.join(value, of_warps[warp]);
   }
   return value;
 }
@@ -60,10 +61,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Order>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kJoiningThreads)
     join_norms_kernel(const double* partials, int64_t chunks, const Order order, double* norm) {
   double value = Order::kStart;
-  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kThreads) {
+#pragma unroll 4
+  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kJoiningThreads) {
     value = order.join(value, partials[chunk]);
   }
   value = join_block(order, value);
@@ -82,6 +84,32 @@ void launch_for(const TaskRange& range, const Order& order, double* partials,
 }
 
 }  // namespace
+
+void load_norm_kernels(DType dtype) {
+  const auto load = [&](const auto& order) {
+    using Order = std::decay_t<decltype(order)>;
+    load_kernel(join_norms_kernel<Order>);
+    const auto of_storage = [](auto storage) {
+      using Storage = decltype(storage);
+      load_kernel(grad_norm_kernel<Order, Storage, kFewTensors>);
+      load_kernel(grad_norm_kernel<Order, Storage, kManyTensors>);
+    };
+    switch (dtype) {
+      case DType::kFloat32:
+        return of_storage(float{});
+      case DType::kFloat64:
+        return of_storage(double{});
+      case DType::kBFloat16:
+        return of_storage(BFloat16{});
+      case DType::kFloat16:
+        return of_storage(Half{});
+    }
+  };
+  for (double order :
+       {2.0, 1.0, 3.0, static_cast<double>(INFINITY), -static_cast<double>(INFINITY)}) {
+    with_norm_order(order, load);
+  }
+}
 
 void launch_grad_norm(const TaskRange& range, double order, double* partials,
                       const Stream& stream) {
@@ -103,8 +131,8 @@ void launch_join_norms(const double* partials, int64_t chunks, double order, dou
                        const Stream& stream) {
   with_norm_order(order, [&](const auto& reduction) {
     using Order = std::decay_t<decltype(reduction)>;
-    launch("join_norms_kernel", stream, 1, kThreads, join_norms_kernel<Order>, partials, chunks,
-           reduction, norm);
+    launch("join_norms_kernel", stream, 1, kJoiningThreads, join_norms_kernel<Order>, partials,
+           chunks, reduction, norm);
   });
 }
 

@@ -114,13 +114,23 @@ __device__ void update_lanes(const Update<Rule, T>& update, Storage* const* oper
   }
 }
 
+template <class Storage>
+__device__ void zero_share(Storage* grad, const DeviceTask& task, const Share& share) {
+  if (!grad) return;
+  for (int64_t element = share.start + threadIdx.x; element < share.end; element += kThreads) {
+    const int64_t offset = task.walk ? offset_of(*task.walk, kGrad, element) : element;
+    grad[offset] = Storage{};
+  }
+}
+
 template <class Rule, class Storage, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     optimizer_step_kernel(const __grid_constant__ StepArguments args,
                           const __grid_constant__ GradAddresses<kCapacity> grads) {
   using T = ComputeType<Storage>;
   constexpr int kUsed = kUsedOperands<Rule>;
-  if (args.tail.found_inf && *args.tail.found_inf != 0) return;
+  const bool is_skipped = args.tail.found_inf && *args.tail.found_inf != 0;
+  if (is_skipped && !args.tail.zero_grad) return;
   const Share share = find_share(args.tasks, args.begin, args.end, args.first_chunk);
   const DeviceTask& task = args.tasks[share.task];
   Storage* operands[kUsed];
@@ -130,6 +140,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (grad == kLeaveAlone) return;
   operands[kGrad] = static_cast<Storage*>(grad);
   if (!operands[kGrad] && !(operands[kAverage] && args.tail.moves_averages)) return;
+  if (is_skipped) {
+    zero_share(operands[kGrad], task, share);
+    return;
+  }
   const unsigned char* functor =
       args.functors ? args.functors + static_cast<int64_t>(share.task) * kFunctorBytes
                     : args.functor;
@@ -228,7 +242,13 @@ std::string kernel_name(const char* kernel, int rule) {
 const UpdateRuleInfo* const kRuleInfo = AllRules::kInfo;
 const int kRuleCount = static_cast<int>(kRules);
 
-void load_optimizer_kernels(DType dtype) {
+void load_kernels(DType dtype, int device) {
+#if !defined(FASTOPT_HOST_SIM)
+  const DeviceGuard guard(device);
+#else
+  (void)device;
+#endif
+  load_norm_kernels(dtype);
   with_kernels(dtype, [](auto kernels) {
     for (int rule = 0; rule < kRuleCount; ++rule) {
       load_kernel(kernels.template step<kFewTensors>(rule));

@@ -50,7 +50,8 @@ struct DeviceTail {
   bool zero_grad;
   bool moves_averages;
   double average_weight;
-  const float* found_inf;  // nonzero: nothing is stepped or counted; nullptr: it is zero
+  const float* found_inf;  // nonzero: nothing is stepped or counted, gradients are zeroed all the
+                           // same; nullptr: it is zero
 };
 
 // Neighbouring tasks of one group and dtype.
@@ -78,8 +79,9 @@ struct StepRule {
 extern const UpdateRuleInfo* const kRuleInfo;
 extern const int kRuleCount;
 
-// Loads all kernels of a dtype, so that none is loaded inside a graph's capture.
-void load_optimizer_kernels(DType dtype);
+// Loads all kernels of a dtype on a device, so that none is loaded inside a graph's capture.
+void load_kernels(DType dtype, int device);
+void load_norm_kernels(DType dtype);
 
 // Counts the step of each task that has a gradient and folds its scalars into rule.functors.
 void launch_advance_steps(const TaskRange& range, const StepRule& rule, const float* found_inf,

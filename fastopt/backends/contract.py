@@ -100,6 +100,7 @@ class SteppedOptimizer(Protocol):
     zero_grad_after_step: bool
     ema_decay: float | None
     grad_norm: Tensor | None
+    _averages_began: bool
     _backend: str | None
     _plan: Any
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,6 +79,8 @@ class CpuPlan:
     def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
         """Runs the kernels and tells autograd what they wrote."""
         if tail.found_inf is not None and float(tail.found_inf) != 0:
+            if tail.zero_grad:
+                torch._foreach_zero_(self._native.gradients())
             return
         numbers = float(tail.grad_scale), tail.clip_value, tail.zero_grad, tail.average_weight
         bump_versions(self._native.run(rules, numbers, torch.get_num_threads()))
@@ -99,15 +102,17 @@ class GradientList:
             return MISSING_IN_TORCH or self._native.unreadable
         if order != 2 and self._native.has_complex:
             return f"norms of order {order} of complex gradients are torch's"
+        if self._native.has_empty and (order < 0 or order == math.inf):
+            return f"norms of order {order} of tensors without elements are torch's"
         return None
 
     def norm(self, order: float) -> Tensor:
         """Rounded to the dtype of the gradients, as torch gives it."""
         if not self._native.tensors:
-            return torch.tensor(0.0)
+            return torch.tensor(0.0, device="cpu")
         dtypes = [REAL_DTYPES[number] for number in self._native.dtypes]
         norm = self._native.norm(order, torch.get_num_threads())
-        return torch.tensor(norm, dtype=functools.reduce(torch.promote_types, dtypes))
+        return torch.tensor(norm, dtype=functools.reduce(torch.promote_types, dtypes), device="cpu")
 
     def clip(self, scale: float, clip_value: float) -> bool:
         """Multiplies, then brings elements into ``[-clip_value, clip_value]``, in place.

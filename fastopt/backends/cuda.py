@@ -34,15 +34,6 @@ from fastopt.backends.planning import (
 DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    """The native module, and why it cannot be used, in words, or ""."""
-    try:
-        from fastopt import _native_cuda
-    except ImportError as error:
-        return None, f"the CUDA module is not there: {error}"
-    return _native_cuda, _native_cuda.unavailable() or _native_cuda.initialise(torch)
-
-
 def _version() -> str:
     try:
         return version("fastopt")
@@ -62,20 +53,32 @@ class CudaBackend:
     """Elementwise updates of all parameters of a card in a launch or two.
 
     Args:
-        native: The native module; None where there is none.
-        missing: Why the module cannot be used, or "".
+        native: The native module, or why there is none.
         device: The device type whose tensors it takes. The host simulator takes the CPU's.
     """
 
     name = "cuda"
 
-    def __init__(self, native: ModuleType | None, missing: str, device: str = "cuda") -> None:
-        self.native = native
-        self.missing = missing
+    def __init__(self, native: ModuleType | str, device: str = "cuda") -> None:
+        self.native = None if isinstance(native, str) else native
         self.device = device
+        self._absent = native if isinstance(native, str) else ""
+
+    @functools.cached_property
+    def missing(self) -> str:
+        """Why the module cannot be used, or "".
+
+        Asked for at first use: it initialises CUDA, and a process that has done so cannot be forked
+        and no longer heeds CUDA_VISIBLE_DEVICES.
+        """
+        if self.native is None:
+            return self._absent
+        return self.native.unavailable() or self.native.initialise(torch)
 
     def supports(self, request: ParameterRequest) -> str | None:
         """Plain tensors on a card, of any strides; not what autograd has to record."""
+        if request.param.device.type != self.device:
+            return f"the parameter is on {request.param.device}"
         if self.native is None or self.missing:
             return self.missing
         if request.rule not in self.native.update_rules:
@@ -120,7 +123,15 @@ class CudaBackend:
         return CudaPlan(plans)
 
 
-CUDA = CudaBackend(*_load())
+def _native() -> ModuleType | str:
+    try:
+        from fastopt import _native_cuda
+    except ImportError as error:
+        return f"the CUDA module is not there: {error}"
+    return _native_cuda
+
+
+CUDA = CudaBackend(_native())
 
 
 class CudaPlan:
@@ -130,7 +141,20 @@ class CudaPlan:
         self._cards = cards
 
     def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
-        """Compares all that the plans know with the optimizer and fetches the gradients."""
+        """Compares all that the plans know with the optimizer and fetches the gradients.
+
+        Raises:
+            RuntimeError: A graph is being captured and the optimizer is not capturable, as in torch.
+        """
+        if "capturable" in optimizer.defaults:
+            for name in (
+                "_accelerator_graph_capture_health_check",
+                "_cuda_graph_capture_health_check",
+            ):
+                check = getattr(optimizer, name, None)
+                if check is not None:
+                    check()
+                    break
         refusals: list[Refusal] = []
         for card in self._cards:
             refused = card.collect(optimizer, writing)
@@ -253,6 +277,9 @@ class CardPlan:
             found_inf,
         )
         stream = self._stream()
+        if stream and torch.cuda.is_current_stream_capturing():
+            # A graph reads them at every replay, whatever becomes of this plan.
+            vars(optimizer).setdefault("_read_by_graphs", []).append((self._table, self._functors))
         bump_versions(
             self._native.run(
                 native_rules, native_tail, self._table.data_ptr(), self._functors.data_ptr(), stream

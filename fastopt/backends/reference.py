@@ -215,12 +215,12 @@ def _step_parameter(planned: PlannedParameter, rule: UpdateRule, tail: Tail) -> 
     new_param, new_grad, new_slots, new_average = surrounded_update(
         old_param, old_grad, old_slots, old_average, rule, step, tail
     )
+    if tail.zero_grad or tail.changes_gradients:
+        _real(grad).copy_(new_grad)
     for tensor, value in zip((param, *planned.slots), (new_param, *new_slots), strict=True):
         _real(tensor).copy_(value)
     if average is not None and new_average is not None:
         _real(average).copy_(new_average)
-    if tail.zero_grad or tail.changes_gradients:
-        _real(grad).copy_(new_grad)
 
 
 def _real(tensor: Tensor) -> Tensor:

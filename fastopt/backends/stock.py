@@ -20,6 +20,8 @@ from fastopt.backends.contract import (
 )
 from fastopt.backends.planning import members, new_average
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 class TorchBackend:
     """Runs what torch would run. Takes everything; torch raises where it does not."""
@@ -67,6 +69,8 @@ class TorchPlan:
                 if not mine or grad is None or grad.layout is not torch.strided or not grad.numel():
                     continue
                 address = grad.data_ptr()
+                if address == 0:  # a wrapper, which keeps its memory elsewhere
+                    continue
                 if (
                     address in seen
                     or address == param.data_ptr()
@@ -76,18 +80,27 @@ class TorchPlan:
                 seen.add(address)
 
     def grad_norm(self, optimizer: SteppedOptimizer, order: float) -> Tensor | None:
-        """Torch's ``get_total_norm``; of a sparse gradient, of its values."""
-        grads = [
-            _values(param)
-            for group, marks in zip(optimizer.param_groups, self._served, strict=True)
-            for param, mine in members(group, marks)
-            if mine and param.grad is not None
+        """Of a sparse gradient, that of its values. In fp32 at least: a scaled half overflows."""
+        grads = [_values(param) for param in self._with_gradients(optimizer)]
+        if not grads:
+            return None
+        norms = [
+            torch.linalg.vector_norm(
+                grad, order, dtype=torch.float32 if grad.dtype in HALVES else None
+            )
+            for grad in grads
         ]
-        return torch.nn.utils.get_total_norm(grads, order) if grads else None
+        first = norms[0].device
+        joined: Tensor = torch.linalg.vector_norm(
+            torch.stack([norm.to(first) for norm in norms]), order
+        )
+        return joined
 
     def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
         """Steps with torch's for-loop, and does what surrounds it with torch's operations."""
         if tail.found_inf is not None and float(tail.found_inf) != 0:
+            if tail.zero_grad:
+                zero_gradients(self._with_gradients(optimizer))
             return
         averages = self._averages(optimizer)
         for group, marks in zip(optimizer.param_groups, self._served, strict=True):
@@ -101,7 +114,7 @@ class TorchPlan:
                 for part in _safe_groups(group, params):
                     optimizer._torch_step(part)
             if tail.zero_grad:
-                _zero_gradients(params)
+                zero_gradients(params)
         with torch.no_grad():
             for param, average in averages:
                 optimizer.state[param][AVERAGE] = average
@@ -109,6 +122,14 @@ class TorchPlan:
                     average.copy_(param)
                 else:
                     average.lerp_(param, tail.average_weight)
+
+    def _with_gradients(self, optimizer: SteppedOptimizer) -> list[Tensor]:
+        return [
+            param
+            for group, marks in zip(optimizer.param_groups, self._served, strict=True)
+            for param, mine in members(group, marks)
+            if mine and param.grad is not None
+        ]
 
     def _averages(self, optimizer: SteppedOptimizer) -> list[tuple[Tensor, Tensor]]:
         """The parameters that have an average, or get their first one with this step."""
@@ -153,8 +174,12 @@ def _change_gradients(params: list[Tensor], tail: Tail) -> None:
 
 
 @torch.no_grad()
-def _zero_gradients(params: list[Tensor]) -> None:
+def zero_gradients(params: list[Tensor]) -> None:
+    """What ``zero_grad(set_to_none=False)`` does."""
     for param in params:
+        grad = param.grad
+        if grad is not None and grad.requires_grad:
+            grad.detach_()
         _values(param).zero_()
 
 

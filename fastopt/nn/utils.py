@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import types
 import warnings
 from collections.abc import Iterable
@@ -115,7 +114,8 @@ def clip_grads_with_norm_(
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = gradient_list(parameters, of_parameters=True)
-    if grads is None or not clip_by_norm(grads, float(max_norm), total_norm):
+    is_norm = isinstance(total_norm, Tensor) and total_norm.numel() == 1
+    if grads is None or not is_norm or not clip_by_norm(grads, float(max_norm), total_norm):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
 
 
@@ -132,6 +132,6 @@ def clip_grad_value_(
         foreach: Accepted; the kernels do not depend on it.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    grads = gradient_list(parameters, math.inf, of_parameters=True)
+    grads = gradient_list(parameters, 1.0, of_parameters=True)  # complex ones are torch's to refuse
     if grads is None or not grads.clip(1.0, float(clip_value)):
         torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)

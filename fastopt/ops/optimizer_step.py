@@ -26,7 +26,7 @@ from fastopt.backends.planning import (
     stays_on_device,
     undo_state,
 )
-from fastopt.backends.stock import TorchPlan
+from fastopt.backends.stock import TorchPlan, zero_gradients
 from fastopt.ops.grad_norm import clip_coefficient, refuse_nonfinite
 
 
@@ -43,21 +43,34 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
             parameter and no state has been changed then.
     """
     if step_is_skipped(optimizer):
-        for group in optimizer.param_groups:
-            optimizer._prepare(group)
+        _skip(optimizer)
         return
     unscale = _unscale_factor(optimizer)
     rules = tuple([optimizer._update_rule(group) for group in optimizer.param_groups])
     writing = isinstance(unscale, Tensor) or unscale != 1 or _changes_gradients(optimizer)
 
+    found_inf = getattr(optimizer, "found_inf", None)
     plan = optimizer._plan
     if plan is None or not plan.collect(optimizer, rules, writing):
+        if found_inf is not None and float(found_inf) != 0:
+            _skip(optimizer)  # what a first step is must not be settled by one that is skipped
+            return
+        found_inf = None
         plan = optimizer._plan = None  # frees the state that only the old plan holds
         plan = StepPlan(optimizer, rules)
         if not plan.collect(optimizer, rules, writing):
             raise RuntimeError("the optimizer changed while its step was being planned")
         optimizer._plan = plan
-    plan.run(optimizer, rules, unscale)
+    plan.run(optimizer, rules, unscale, found_inf)
+
+
+def _skip(optimizer: SteppedOptimizer) -> None:
+    """What is left of a step that a gradient scaler skips."""
+    for group in optimizer.param_groups:
+        optimizer._prepare(group)
+    if optimizer.zero_grad_after_step:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        zero_gradients([param for param in params if param.grad is not None])
 
 
 def traced_step(optimizer: SteppedOptimizer) -> None:
@@ -66,11 +79,13 @@ def traced_step(optimizer: SteppedOptimizer) -> None:
     everything = [[True] * len(group["params"]) for group in optimizer.param_groups]
     plan = TorchPlan(optimizer, everything)
     plan.run(optimizer, (), _tail(optimizer, [plan], 1.0, begins))
+    optimizer._averages_began = optimizer.ema_decay is not None
 
 
 def averages_begin(optimizer: SteppedOptimizer) -> bool:
     """Whether the next step is the first one that is averaged, which copies."""
-    return not any(AVERAGE in state for state in optimizer.state.values())
+    kept = any(AVERAGE in state for state in optimizer.state.values())
+    return not (kept or optimizer._averages_began)
 
 
 def _changes_gradients(optimizer: SteppedOptimizer) -> bool:
@@ -86,6 +101,7 @@ def _tail(
     parts: Sequence[OptimizerPlan],
     unscale: float | Tensor,
     averages_begin: bool,
+    found_inf: Tensor | None = None,
 ) -> Tail:
     """Measures the gradients where they are to be clipped by norm, and sums the options up.
 
@@ -94,24 +110,26 @@ def _tail(
     """
     scale: float | Tensor = unscale
     if optimizer.max_grad_norm is not None:
-        order = optimizer.norm_type
+        order = float(optimizer.norm_type)
         norms = [part.grad_norm(optimizer, order) for part in parts]
         there = [norm for norm in norms if norm is not None]
         norm = joined_norm(there, order) if there else 0.0
+        if isinstance(norm, Tensor) and isinstance(unscale, Tensor):
+            unscale = unscale.to(norm.device)
         if order != 0:
             norm = norm * unscale
         if optimizer.error_if_nonfinite:
             refuse_nonfinite(norm, order)
-        optimizer.grad_norm = torch.as_tensor(norm, dtype=_norm_dtype(optimizer))
+        place = norm.device if isinstance(norm, Tensor) else "cpu"
+        optimizer.grad_norm = torch.as_tensor(norm, dtype=_norm_dtype(optimizer), device=place)
         scale = unscale * clip_coefficient(optimizer.max_grad_norm, norm)
     decay = optimizer.ema_decay
-    found_inf = getattr(optimizer, "found_inf", None)
     return Tail(
         grad_scale=scale,
         clip_value=math.inf if optimizer.clip_value is None else optimizer.clip_value,
         zero_grad=optimizer.zero_grad_after_step,
         average_weight=1.0 if averages_begin or decay is None else 1 - decay,
-        found_inf=found_inf if _is_deferred(optimizer, found_inf) else None,
+        found_inf=found_inf,
     )
 
 
@@ -125,13 +143,9 @@ def _norm_dtype(optimizer: SteppedOptimizer) -> torch.dtype:
 def step_is_skipped(optimizer: SteppedOptimizer) -> bool:
     """Whether a gradient scaler has found infinities or NaN, as far as the host is to know."""
     found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is None or _is_deferred(optimizer, found_inf):
+    if found_inf is None or stays_on_device(optimizer, found_inf):
         return False
     return float(found_inf) != 0
-
-
-def _is_deferred(optimizer: SteppedOptimizer, found_inf: Tensor | None) -> bool:
-    return found_inf is not None and stays_on_device(optimizer, found_inf)
 
 
 def _unscale_factor(optimizer: SteppedOptimizer) -> float | Tensor:
@@ -222,7 +236,8 @@ class StepPlan:
                 if refused is None:
                     self._release()
                     return False
-                refusals += refused
+                if not isinstance(part, TorchPlan):  # torch steps all that it was given
+                    refusals += refused
             if refusals:
                 self._hand_to_torch(optimizer, refusals)
         except BaseException:
@@ -232,11 +247,16 @@ class StepPlan:
         return True
 
     def run(
-        self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], unscale: float | Tensor
+        self,
+        optimizer: SteppedOptimizer,
+        rules: tuple[UpdateRule, ...],
+        unscale: float | Tensor,
+        found_inf: Tensor | None,
     ) -> None:
         """Steps what ``collect`` fetched, its gradients multiplied by ``unscale``."""
         try:
-            tail = _tail(optimizer, self._this_step, unscale, self._averages_begin)
+            begins = self._averages_begin
+            tail = _tail(optimizer, self._this_step, unscale, begins, found_inf)
             for part in self._this_step:
                 part.run(optimizer, rules, tail)
         except BaseException:
@@ -244,6 +264,7 @@ class StepPlan:
             raise
         self._created = {}
         self._averages_begin = False
+        optimizer._averages_began = optimizer.ema_decay is not None
 
     def _release(self) -> None:
         for part in self._parts:

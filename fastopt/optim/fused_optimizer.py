@@ -96,6 +96,7 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     _plan: Any = None
     _in_average = False
+    _averages_began = False
 
     # Options, with their defaults.
     max_grad_norm: float | None = None
@@ -179,7 +180,8 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
+        scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
+        if torch.compiler.is_compiling() and not scaled:
             traced_step(self)
         else:
             optimizer_step(self)
@@ -208,18 +210,22 @@ class FusedOptimizer(Optimizer):
         """
         averages = self.ema_parameters()
         params = [param for group in self.param_groups for param in group["params"]]
-        pairs = [
-            (param, average)
+        pairs = {
+            id(param): (param, average)
             for param, average in zip(params, averages, strict=True)
             if AVERAGE in self.state.get(param, {})
-        ]
-        _exchange(pairs)
-        self._in_average = True
+        }
+        exchanged: list[tuple[Tensor, Tensor]] = []
         try:
+            for pair in pairs.values():
+                _exchange(*pair)
+                exchanged.append(pair)
+            self._in_average = True
             yield
         finally:
             self._in_average = False
-            _exchange(pairs)
+            for pair in reversed(exchanged):  # of parameters that share memory, the last one first
+                _exchange(*pair)
 
     def _refuse_inside_average(self, what: str) -> None:
         if self._in_average:
@@ -257,7 +263,7 @@ class FusedOptimizer(Optimizer):
         self._plan = None
 
 
-_KEPT = ({*Options.__annotations__} - {"backend"}) | {"_backend"}
+_KEPT = ({*Options.__annotations__} - {"backend"}) | {"_backend", "_averages_began"}
 
 
 def _with_options(cls: type[FusedOptimizer]) -> inspect.Signature:
@@ -274,11 +280,10 @@ def _with_options(cls: type[FusedOptimizer]) -> inspect.Signature:
 
 
 @torch.no_grad()
-def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for left, right in pairs:
-        kept = left.detach().clone()
-        left.copy_(right)
-        right.copy_(kept)
+def _exchange(left: Tensor, right: Tensor) -> None:
+    kept = left.detach().clone()
+    left.copy_(right)
+    right.copy_(kept)
 
 
 def weight_decay_of(group: ParamGroup, decoupled: bool) -> tuple[WeightDecay, float | Tensor]:
