@@ -11,6 +11,7 @@ import torch
 from cards import DEVICE, IS_SIMULATED, card  # noqa: F401
 from cases import ALL, DTYPES, WITH_STOCK, OptimizerCase, random
 from fastopt import optim
+from fastopt.backends.cuda import CardPlan
 from fastopt.ops import optimizer_step as operator
 from tolerances import assert_matches
 
@@ -275,3 +276,37 @@ def test_the_backend_refuses_what_it_cannot_step() -> None:
     optimizer = optim.SGD([param], lr=0.1, backend="cuda")
     with pytest.raises(RuntimeError, match=r"backend .cuda. cannot step .* layout"):
         optimizer.step()
+
+
+def test_a_skipped_first_step_settles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(deferred: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(operator, "stays_on_device", lambda optimizer, verdict: deferred)
+        param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+        options: dict[str, Any] = {"momentum": 0.9, "dampening": 0.5, "fused": True}
+        optimizer = optim.SGD(
+            [param], lr=0.1, ema_decay=0.9, zero_grad_after_step=True, backend="cuda", **options
+        )
+        param.grad = torch.zeros(3, device=DEVICE)
+        for step in range(5):
+            param.grad += 1.0 + step
+            optimizer.found_inf = torch.tensor(float(step in (0, 3)), device=DEVICE)
+            optimizer.grad_scale = torch.tensor(1.0, device=DEVICE)
+            optimizer.step()
+            assert not param.grad.any()
+        return [param.detach(), *optimizer.ema_parameters()]
+
+    for left, right in zip(run(True), run(False), strict=True):
+        assert_matches(left, right, op="optimizer", dtype=torch.float32)
+
+
+def test_the_table_is_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = []
+    upload = CardPlan._upload
+    monkeypatch.setattr(CardPlan, "_upload", lambda plan: (uploads.append(1), upload(plan)))
+    params = parameters(torch.float32)
+    optimizer = ADAMW.make(params, backend="cuda")
+    for _ in range(4):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert len(uploads) == 1

@@ -68,8 +68,9 @@ def test_large_values_do_not_overflow() -> None:
 @pytest.mark.parametrize("dtype", REAL_DTYPES, **IDS)
 def test_clip_grad_value_and_with_norm(dtype: torch.dtype) -> None:
     ours, theirs = twins(dtype)
-    utils.clip_grad_value_(ours, 0.3)
-    stock.clip_grad_value_(theirs, 0.3)
+    for limit in (0.3, -0.1):
+        utils.clip_grad_value_(ours, limit)
+        stock.clip_grad_value_(theirs, limit)
     assert_same_gradients(ours, theirs, dtype)
     norm = torch.tensor(7.0, dtype=dtype)
     utils.clip_grads_with_norm_(iter(ours), 1.0, norm)

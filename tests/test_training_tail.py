@@ -512,3 +512,112 @@ def test_accumulated_gradients_are_clipped_once() -> None:
 def test_bad_options(options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         optim.AdamW([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_skipped_step_zeroes_gradients_so_that_training_goes_on(backend: str) -> None:
+    def run(ours: bool) -> float:
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer: Any = torch.optim.SGD([param], lr=0.1)
+        if ours:
+            optimizer = optim.SGD([param], lr=0.1, zero_grad_after_step=True, backend=backend)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for step in range(4):
+            loss = (param**2).sum() * (float("inf") if step == 1 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if not ours:
+                optimizer.zero_grad(set_to_none=False)
+        return param[0].item()
+
+    assert run(True) == pytest.approx(run(False))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_a_first_step_without_gradients_begins_the_averages(backend: str) -> None:
+    ours, theirs = ([torch.nn.Parameter(torch.ones(2))] for _ in range(2))
+    case = WITH_STOCK[0]
+    optimizer = case.make(ours, backend=backend, ema_decay=0.9)
+    stock = StockTail(case, theirs, ema_decay=0.9)
+    for step in range(4):
+        for params in (ours, theirs):
+            params[0].grad = None if step == 0 else torch.ones(2)
+        optimizer.step()
+        stock.step()
+    assert stock.averaged is not None
+    (average,) = stock.averaged.parameters()
+    assert_matches(
+        optimizer.ema_parameters()[0], average.detach(), op="optimizer", dtype=torch.float32
+    )
+
+
+def test_parameters_that_share_memory_come_back_from_their_averages() -> None:
+    buffer = torch.ones(6)
+    params = [torch.nn.Parameter(buffer[:4]), torch.nn.Parameter(buffer[2:])]
+    optimizer = optim.SGD(params, lr=0.1, ema_decay=0.5)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones(4)
+        optimizer.step()
+    before = [buffer.clone(), *(average.clone() for average in optimizer.ema_parameters())]
+    with optimizer.average_parameters():
+        assert not torch.equal(buffer, before[0])
+    after = [buffer, *optimizer.ema_parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_zeroed_gradients_leave_their_graph(backend: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([param], lr=0.1, zero_grad_after_step=True, backend=backend)
+    for _ in range(2):
+        (param**3).sum().backward(create_graph=True)
+        optimizer.step()
+        assert param.grad is not None and param.grad.grad_fn is None
+        assert not param.grad.requires_grad and not param.grad.any()
+
+
+def test_subclasses_are_stepped_once() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def make() -> Params:
+        return [torch.nn.Parameter(TwoTensor(torch.ones(4), torch.ones(4))) for _ in range(2)]
+
+    ours, theirs = make(), make()
+    optimizer = ADAMW.make(ours, max_grad_norm=1.0, zero_grad_after_step=True)
+    stock = ADAMW.make_stock(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.grad = TwoTensor(torch.ones(4), torch.ones(4))
+        other.grad = TwoTensor(torch.ones(4), torch.ones(4))
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0, foreach=False)
+    optimizer.step()
+    stock.step()
+    assert optimizer.state[ours[0]]["step"] == 1
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_matches(mine.detach().a, other.detach().a, op="optimizer", dtype=torch.float32)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    params = parameters(torch.float32)
+    optimizer = ADAMW.make(params, max_grad_norm=1.0)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with torch.device("meta"):
+        optimizer.step()
+    assert optimizer.grad_norm.device.type == "cpu"
+
+
+def test_a_compiled_step_under_a_scaler_unscales_and_skips() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([param], lr=0.1)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale((param**2).sum() * (float("inf") if step == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    torch._dynamo.reset()
+    assert param[0].item() == pytest.approx(0.64)

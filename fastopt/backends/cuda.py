@@ -73,7 +73,8 @@ class CudaBackend:
         """
         if self.native is None:
             return self._absent
-        return self.native.unavailable() or self.native.initialise(torch)
+        reason: str = self.native.unavailable() or self.native.initialise(torch)
+        return reason
 
     def supports(self, request: ParameterRequest) -> str | None:
         """Plain tensors on a card, of any strides; not what autograd has to record."""
@@ -144,14 +145,12 @@ class CudaPlan:
         """Compares all that the plans know with the optimizer and fetches the gradients.
 
         Raises:
-            RuntimeError: A graph is being captured and the optimizer is not capturable, as in torch.
+            RuntimeError: A graph is being captured, and the optimizer is not capturable.
         """
         if "capturable" in optimizer.defaults:
-            for name in (
-                "_accelerator_graph_capture_health_check",
-                "_cuda_graph_capture_health_check",
-            ):
-                check = getattr(optimizer, name, None)
+            # Torch's own check; it was renamed after 2.11.
+            for device_kind in ("accelerator", "cuda"):
+                check = getattr(optimizer, f"_{device_kind}_graph_capture_health_check", None)
                 if check is not None:
                     check()
                     break

@@ -128,10 +128,8 @@ def joined_norm(norms: Sequence[float | Tensor], order: float) -> float | Tensor
     """The norm of all parts together from the norms of the parts, one of them at least."""
     if len(norms) == 1:
         return norms[0]
-    first = next(
-        (norm for norm in norms if isinstance(norm, Tensor)), torch.empty((), device="cpu")
-    )
-    parts = [torch.as_tensor(norm, dtype=torch.float64, device=first.device) for norm in norms]
+    device = next((norm.device for norm in norms if isinstance(norm, Tensor)), "cpu")
+    parts = [torch.as_tensor(norm, dtype=torch.float64, device=device) for norm in norms]
     if order == 0:  # how many tensors are not zero: the norm of counts would count the parts
         return torch.stack(parts).sum()
     norm: Tensor = torch.linalg.vector_norm(torch.stack(parts), order)
