@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,9 +15,9 @@ from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from _tail import StockTail, Tail
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -36,11 +37,12 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """What one contender changes: the optimizer, its flags and the recurrent layer."""
+    """What one contender changes: optimizer, its flags, what surrounds it, recurrent layer."""
 
     name: str
     optimizer: Callable[..., Optimizer]
     flags: dict[str, Any] = field(default_factory=dict)
+    tail: Callable[..., Tail] = StockTail
     lstm: Callable[..., nn.Module] = nn.LSTM
 
 
@@ -53,7 +55,7 @@ class Recipe:
     weight_decay: float
     warmup: float  # share of all steps
     max_grad_norm: float
-    label_smoothing: float
+    ema_decay: float | None  # None: the parameters themselves are evaluated, not their averages
     patience: int  # epochs without a better validation loss before training stops
     seed: int
 
@@ -64,7 +66,7 @@ class Record:
 
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    tail_seconds: list[float] = field(default_factory=list)  # clip, step and zero_grad
+    tail_seconds: list[float] = field(default_factory=list)  # clip, step, average, zero_grad
     epoch_ends: list[int] = field(default_factory=list)  # in steps
     validation_losses: list[float] = field(default_factory=list)
 
@@ -80,10 +82,10 @@ class Trainee:
         self.name = contender.name
         self.model = model
         self.recipe = recipe
-        self.optimizer = contender.optimizer(
-            parameter_groups(model, recipe.weight_decay), lr=recipe.lr, **contender.flags
-        )
-        self.schedule = LambdaLR(self.optimizer, warmup_then_cosine(recipe.warmup, steps))
+        groups = parameter_groups(model, recipe.weight_decay)
+        optimizer = partial(contender.optimizer, groups, lr=recipe.lr, **contender.flags)
+        self.tail = contender.tail(model, optimizer, recipe.max_grad_norm, recipe.ema_decay)
+        self.schedule = LambdaLR(self.tail.optimizer, warmup_then_cosine(recipe.warmup, steps))
         self.record = Record()
         self.best: dict[str, Any] = {}
 
@@ -96,16 +98,11 @@ class Trainee:
         # Dropout draws the same masks for every contender.
         torch.manual_seed(self.recipe.seed + len(self.record.losses))
         start = perf_counter()
-        logits = self.model(batch.inputs)
-        loss = nn.functional.cross_entropy(
-            logits, batch.targets, label_smoothing=self.recipe.label_smoothing
-        )
+        loss = self.model.loss(*batch)
         loss.backward()  # type: ignore[no-untyped-call]
         value = loss.item()
         tail_start = perf_counter()
-        clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.tail.step()
         end = perf_counter()
         self.schedule.step()
         self.record.losses.append(value)
@@ -113,22 +110,21 @@ class Trainee:
         self.record.tail_seconds.append(end - tail_start)
 
     def end_epoch(self, validation: Sequence[Batch]) -> None:
-        loss = cross_entropy_of(self.model, validation)
-        if loss < min(self.record.validation_losses, default=math.inf):
-            self.best = copy.deepcopy(
-                {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            )
+        with self.tail.evaluated() as model:
+            loss = cross_entropy_of(model, validation)
+            if loss < min(self.record.validation_losses, default=math.inf):
+                self.best = copy.deepcopy(model.state_dict())
         self.record.epoch_ends.append(len(self.record.losses))
         self.record.validation_losses.append(loss)
 
     def restore_best(self) -> None:
         if self.best:
-            self.model.load_state_dict(self.best["model"])
+            self.model.load_state_dict(self.best)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "tail": self.tail.state_dict(),
             "schedule": self.schedule.state_dict(),
             "record": asdict(self.record),
             "best": self.best,
@@ -136,7 +132,7 @@ class Trainee:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.tail.load_state_dict(state["tail"])
         self.schedule.load_state_dict(state["schedule"])
         self.record = Record(**state["record"])
         self.best = state["best"]

@@ -38,7 +38,7 @@ def timing_table(records: Mapping[str, Record]) -> Table:
     table = Table(
         "contender", "epochs", "epoch s", "step ms", "tail ms", "tail share", "total s",
         "step ratio", "total ratio", "tail ratio",
-        title="Training (medians; tail = clip + step + zero_grad; ratio = first / this)",
+        title="Training (medians; tail = clip, step, average, zero_grad; ratio = first / this)",
         title_justify="left",
     )  # fmt: skip
     stock = next(iter(records.values()))

@@ -32,6 +32,6 @@ class GradientList:
     tensors: list[Tensor]
     has_complex: bool
     has_empty: bool
-    dtypes: set[int]
+    dtypes: list[int]
     def norm(self, order: float, threads: int) -> float: ...
     def clip(self, scale: float, clip_value: float, threads: int) -> list[Tensor]: ...

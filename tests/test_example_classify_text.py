@@ -4,10 +4,15 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastopt import optim
+from tolerances import assert_matches
 
 for _module in ("django", "polib", "tokenizers", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(_module)
@@ -17,6 +22,7 @@ EXAMPLE = ROOT / "examples" / "classify_text.py"
 sys.path.insert(0, str(EXAMPLE.parent))
 
 import _corpus  # noqa: E402
+import _tail  # noqa: E402
 
 
 def run_example(*arguments):
@@ -99,6 +105,34 @@ def test_csv_is_read_by_its_header(tmp_path):
     assert corpus.examples[0].text == "text 0, of a"
     assert _corpus.label_names(corpus.examples) == ["a", "b"]
     assert len(corpus.examples) == 20
+
+
+def test_tails_agree_and_go_on_from_their_state():
+    evaluated = []
+    for tail_type, optimizer in (
+        (_tail.StockTail, torch.optim.Adam),
+        (_tail.FusedTail, optim.Adam),
+    ):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 8)
+        make_tail = partial(
+            tail_type,
+            model,
+            partial(optimizer, [*model.parameters()]),
+            max_grad_norm=0.1,
+            ema_decay=0.5,
+        )
+        tail = make_tail()
+        for _ in range(4):
+            model(torch.ones(1, 8)).square().sum().backward()
+            tail.step()
+            resumed = make_tail()
+            resumed.load_state_dict(tail.state_dict())
+            tail = resumed
+        with tail.evaluated() as averaged:
+            evaluated.append(averaged.weight.detach().clone())
+        assert not torch.equal(evaluated[-1], model.weight)
+    assert_matches(evaluated[1], evaluated[0], op="optimizer", dtype=torch.float32)
 
 
 def test_malformed_csv_ends_the_program_with_2(tmp_path):

@@ -59,7 +59,7 @@ PYBIND11_MODULE(_native_cpu, m) {
       .def_readonly("tensors", &GradientList::tensors)
       .def_readonly("has_complex", &GradientList::has_complex)
       .def_readonly("has_empty", &GradientList::has_empty)
-      .def_readonly("dtypes", &GradientList::dtypes)
+      .def_property_readonly("dtypes", &GradientList::dtypes)
       .def("norm", &GradientList::norm, py::arg("order"), py::arg("threads"))
       .def("clip", &GradientList::clip, py::arg("scale"), py::arg("clip_value"),
            py::arg("threads"));

@@ -1,6 +1,6 @@
 #include "bindings/gradient_list.h"
 
-#include <stdexcept>
+#include <optional>
 
 #include "cpu/dispatch.h"
 
@@ -29,6 +29,7 @@ double total_norm(std::vector<GradTask>& tasks, double order, int threads) {
 
 GradientList::GradientList(py::list given, bool of_parameters) {
   tasks_.reserve(given.size());
+  extents_.reserve(given.size());
   for (py::handle item : given) {
     if (!torch_access::has_plain_type(item.ptr())) {
       unreadable_ = "a tensor is a subclass of torch.Tensor";
@@ -56,29 +57,39 @@ void GradientList::add(py::handle tensor) {
     unreadable_ = "a gradient is a lazily conjugated or negated view";
   }
   if (!unreadable_.empty()) return;
-  Layout layout;
-  try {
-    layout = layout_of(description);
-  } catch (const std::invalid_argument&) {
-    unreadable_ = "a gradient has a dtype that no kernel takes";
-    return;
-  }
-  if (static_cast<int>(layout.sizes.size()) > kMaxDims) {
-    unreadable_ = "a gradient has too many dimensions";
+  const std::optional<DType> dtype = real_dtype_of(description);
+  const bool is_complex = description.dtype.code == torch_access::kDLComplex;
+  if (!dtype || description.dims + is_complex > kMaxDims) {
+    unreadable_ = "a gradient has a dtype or a number of dimensions that no kernel takes";
     return;
   }
   tensors.append(tensor);
-  dtypes.add(static_cast<int>(layout.dtype));
-  has_complex = has_complex || description.dtype.code == torch_access::kDLComplex;
-  overlaps_itself_ = overlaps_itself_ || layout.may_overlap_itself();
-  const int64_t numel = layout.numel();
-  if (numel == 0) {
+  dtypes_ |= 1u << static_cast<int>(*dtype);
+  has_complex = has_complex || is_complex;
+  GradTask task{description.data, nullptr, is_complex ? 2 : 1, 0, *dtype};
+  for (int d = 0; d < description.dims; ++d) task.numel *= description.sizes[d];
+  if (task.numel == 0) {
     has_empty = true;
     return;
   }
-  walks_.push_back(walk_of({{kGrad, &layout}}));
-  tasks_.push_back({description.data, walks_.back().get(), numel, 0, layout.dtype});
-  extents_.emplace_back(description.data, layout.extent(), extents_.size());
+  int64_t extent = task.numel * bytes_of(*dtype);
+  if (!is_contiguous(description)) {
+    const Layout layout = layout_of(description);
+    extent = layout.extent();
+    overlaps_itself_ = overlaps_itself_ || layout.may_overlap_itself();
+    walks_.push_back(walk_of({{kGrad, &layout}}));
+    task.walk = walks_.back().get();
+  }
+  tasks_.push_back(task);
+  extents_.emplace_back(description.data, extent, extents_.size());
+}
+
+py::list GradientList::dtypes() const {
+  py::list numbers;
+  for (int dtype = 0; dtype < kDTypes; ++dtype) {
+    if (dtypes_ >> dtype & 1u) numbers.append(dtype);
+  }
+  return numbers;
 }
 
 std::string GradientList::unwritable() const {

@@ -20,6 +20,8 @@ class GradientList {
   // `tensors` themselves, or, where `of_parameters`, their gradients, as far as they have one.
   GradientList(pybind11::list tensors, bool of_parameters);
 
+  pybind11::list dtypes() const;  // numbers of DType
+
   // Why the kernels cannot measure, or change, these tensors; empty where they can.
   const std::string& unreadable() const { return unreadable_; }
   std::string unwritable() const;
@@ -30,13 +32,13 @@ class GradientList {
 
   pybind11::list tensors;  // with or without elements
   bool has_complex = false, has_empty = false;
-  pybind11::set dtypes;  // numbers of DType
 
  private:
   void add(pybind11::handle tensor);
 
   std::string unreadable_;
   bool overlaps_itself_ = false;
+  unsigned dtypes_ = 0;  // a bit each
   std::vector<GradTask> tasks_;
   std::vector<Extent> extents_;
   std::vector<std::unique_ptr<Walk>> walks_;

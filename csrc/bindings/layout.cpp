@@ -13,7 +13,7 @@ int64_t Layout::numel() const {
   return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
 }
 
-int64_t Layout::element_size() const {
+int64_t bytes_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
       return 8;
@@ -23,6 +23,8 @@ int64_t Layout::element_size() const {
       return 2;
   }
 }
+
+int64_t Layout::element_size() const { return bytes_of(dtype); }
 
 int64_t Layout::extent() const {
   if (numel() == 0) return 0;
@@ -46,23 +48,39 @@ bool Layout::may_overlap_itself() const {
   return false;
 }
 
+std::optional<DType> real_dtype_of(const Description& tensor) {
+  const auto [code, bits, lanes] = tensor.dtype;
+  if (code == torch_access::kDLBfloat && bits == 16) return DType::kBFloat16;
+  const bool is_complex = code == torch_access::kDLComplex;
+  if (!is_complex && code != torch_access::kDLFloat) return std::nullopt;
+  switch (is_complex ? bits / 2 : bits) {
+    case 16:
+      return is_complex ? std::nullopt : std::optional(DType::kFloat16);
+    case 32:
+      return DType::kFloat32;
+    case 64:
+      return DType::kFloat64;
+    default:
+      return std::nullopt;
+  }
+}
+
+bool is_contiguous(const Description& tensor) {
+  int64_t expected = 1;
+  for (int d = tensor.dims - 1; d >= 0; --d) {
+    if (tensor.sizes[d] == 1) continue;
+    if (tensor.strides[d] != expected) return false;
+    expected *= tensor.sizes[d];
+  }
+  return true;
+}
+
 Layout layout_of(const Description& tensor) {
   Layout layout;
-  const int bits = tensor.dtype.bits;
+  const std::optional<DType> dtype = real_dtype_of(tensor);
+  if (!dtype) throw std::invalid_argument("no kernel takes this dtype");
+  layout.dtype = *dtype;
   const bool is_complex = tensor.dtype.code == torch_access::kDLComplex;
-  if (tensor.dtype.code == torch_access::kDLBfloat && bits == 16) {
-    layout.dtype = DType::kBFloat16;
-  } else if (tensor.dtype.code == torch_access::kDLFloat && bits == 16) {
-    layout.dtype = DType::kFloat16;
-  } else if ((tensor.dtype.code == torch_access::kDLFloat && bits == 32) ||
-             (is_complex && bits == 64)) {
-    layout.dtype = DType::kFloat32;
-  } else if ((tensor.dtype.code == torch_access::kDLFloat && bits == 64) ||
-             (is_complex && bits == 128)) {
-    layout.dtype = DType::kFloat64;
-  } else {
-    throw std::invalid_argument("no kernel takes this dtype");
-  }
   layout.sizes.assign(tensor.sizes, tensor.sizes + tensor.dims);
   layout.strides.assign(tensor.strides, tensor.strides + tensor.dims);
   if (is_complex) {

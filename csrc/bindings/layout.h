@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -10,6 +11,8 @@
 #include "core/operands.h"
 
 namespace fastopt {
+
+int64_t bytes_of(DType dtype);
 
 // Sizes and strides in elements of the real dtype: a complex tensor gets a last dimension of 2.
 struct Layout {
@@ -23,6 +26,12 @@ struct Layout {
   // True where two indices may mean one address; never false where they do.
   bool may_overlap_itself() const;
 };
+
+// Nothing for a dtype that no kernel takes.
+std::optional<DType> real_dtype_of(const torch_access::Description& tensor);
+
+// True where elements follow each other in memory in the order of their indices.
+bool is_contiguous(const torch_access::Description& tensor);
 
 // Throws std::invalid_argument for a dtype that no kernel takes.
 Layout layout_of(const torch_access::Description& tensor);
