@@ -82,7 +82,8 @@ class CpuPlan:
             if tail.zero_grad:
                 torch._foreach_zero_(self._native.gradients())
             return
-        numbers = float(tail.grad_scale), tail.clip_value, tail.zero_grad, tail.average_weight
+        scale, clip_value, zero_grad, average_weight, _ = tail
+        numbers = float(scale), clip_value, zero_grad, average_weight
         bump_versions(self._native.run(rules, numbers, torch.get_num_threads()))
 
     def release(self) -> None:

@@ -25,6 +25,9 @@ logger = logging.getLogger("fastopt")
 
 SETTINGS = ("on", "off", "force")
 
+# The case of a check that raised, for want of memory say: it proves nothing about the kernels.
+BROKEN_OFF = "the check itself"
+
 
 class Outcome(NamedTuple):
     """What became of a case; ``error`` is empty where it passed."""
@@ -77,7 +80,8 @@ def refusal(family: str, backend: CheckedBackend, device: torch.device) -> str |
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return "the kernels' self-check cannot run inside a graph's capture"
             kept = run(family, backend, device)
-            _write(key, identity, kept)
+            if not any(outcome.case == BROKEN_OFF for outcome in kept):
+                _write(key, identity, kept)
         _verdicts[key] = kept
         _warn(family, identity, kept)
     failed = [outcome.case for outcome in _verdicts[key] if outcome.error]
@@ -87,15 +91,16 @@ def refusal(family: str, backend: CheckedBackend, device: torch.device) -> str |
 
 
 def run(family: str, backend: CheckedBackend, device: torch.device) -> list[Outcome]:
-    """Runs a family's check now. A case that raises has failed."""
+    """Runs a family's check now. A case that raises has failed, for this process alone."""
     token = _is_running.set(True)
-    outcomes = []
+    outcomes: list[Outcome] = []
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            outcomes = list(_checks[family](device, backend.name))
+        # Whatever the user's code around the first step has set does not matter.
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+            for outcome in _checks[family](device, backend.name):
+                outcomes.append(outcome)
     except Exception as error:
-        outcomes.append(Outcome("the check itself", f"{type(error).__name__}: {error}"))
+        outcomes.append(Outcome(BROKEN_OFF, f"{type(error).__name__}: {error}"))
     finally:
         _is_running.reset(token)
     return outcomes

@@ -88,6 +88,9 @@ def averages_begin(optimizer: SteppedOptimizer) -> bool:
     return not (kept or optimizer._averages_began)
 
 
+PLAIN = Tail()
+
+
 def _changes_gradients(optimizer: SteppedOptimizer) -> bool:
     return (
         optimizer.max_grad_norm is not None
@@ -108,6 +111,9 @@ def _tail(
     Raises:
         RuntimeError: The norm is not finite and ``error_if_nonfinite`` is set.
     """
+    plain = not _changes_gradients(optimizer) and optimizer.ema_decay is None
+    if plain and found_inf is None and not isinstance(unscale, Tensor) and unscale == 1:
+        return PLAIN
     scale: float | Tensor = unscale
     if optimizer.max_grad_norm is not None:
         order = float(optimizer.norm_type)
@@ -264,7 +270,8 @@ class StepPlan:
             raise
         self._created = {}
         self._averages_begin = False
-        optimizer._averages_began = optimizer.ema_decay is not None
+        if optimizer.ema_decay is not None:
+            optimizer._averages_began = True
 
     def _release(self) -> None:
         for part in self._parts:
