@@ -127,7 +127,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     for place, row in enumerate(rows):
         name, value = row.best_of_stock
-        axes.text(value * 1.03, place, f"{value:.2f}x {name}", va="center", fontsize=8)
+        axes.text(max(value, 1) * 1.03, place, f"{value:.2f}x {name}", va="center", fontsize=8)
     machine = result["machine"]
     axes.set_xlabel(
         "times faster than the best of stock (worst of "
