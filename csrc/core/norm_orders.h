@@ -9,60 +9,46 @@ FASTOPT_BEGIN_NAMESPACE
 
 // The norm (sum |x|^order)^(1/order) as a reduction: `add` takes the next element in, `join` puts
 // two results together, and all begin with kStart. V is double or a vector of doubles.
-struct SumOfSquares {
+struct Sum {
   static constexpr double kStart = 0;
 
+  template <class V>
+  HOST_DEVICE V join(V left, V right) const {
+    return left + right;
+  }
+};
+
+struct SumOfSquares : Sum {
   template <class V>
   HOST_DEVICE V add(V sum, V x) const {
     return sum + x * x;
   }
-  template <class V>
-  HOST_DEVICE V join(V left, V right) const {
-    return left + right;
-  }
   HOST_DEVICE double root(double sum) const { return std::sqrt(sum); }
 };
 
-struct SumOfMagnitudes {
-  static constexpr double kStart = 0;
-
+struct SumOfMagnitudes : Sum {
   template <class V>
   HOST_DEVICE V add(V sum, V x) const {
     return sum + magnitude(x);
   }
-  template <class V>
-  HOST_DEVICE V join(V left, V right) const {
-    return left + right;
-  }
   HOST_DEVICE double root(double sum) const { return sum; }
 };
 
-struct SumOfPowers {
-  static constexpr double kStart = 0;
+struct SumOfPowers : Sum {
   double order;
 
   template <class V>
   HOST_DEVICE V add(V sum, V x) const {
     return sum + power(magnitude(x), order);
   }
-  template <class V>
-  HOST_DEVICE V join(V left, V right) const {
-    return left + right;
-  }
   HOST_DEVICE double root(double sum) const { return std::pow(sum, 1 / order); }
 };
 
 // Order 0, of one tensor.
-struct CountOfNonzeros {
-  static constexpr double kStart = 0;
-
+struct CountOfNonzeros : Sum {
   template <class V>
   HOST_DEVICE V add(V sum, V x) const {
     return sum + is_nonzero(x);
-  }
-  template <class V>
-  HOST_DEVICE V join(V left, V right) const {
-    return left + right;
   }
   HOST_DEVICE double root(double sum) const { return sum; }
 };
@@ -104,7 +90,7 @@ auto with_norm_order(double order, const Visitor& visit) {
   if (order == 1) return visit(SumOfMagnitudes{});
   if (order == INFINITY) return visit(Largest{});
   if (order == -INFINITY) return visit(Smallest{});
-  return visit(SumOfPowers{order});
+  return visit(SumOfPowers{{}, order});
 }
 
 FASTOPT_END_NAMESPACE

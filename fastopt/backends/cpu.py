@@ -81,6 +81,7 @@ class CpuPlan:
         if tail.found_inf is not None and float(tail.found_inf) != 0:
             if tail.zero_grad:
                 torch._foreach_zero_(self._native.gradients())
+            self._native.release()
             return
         scale, clip_value, zero_grad, average_weight, _ = tail
         numbers = float(scale), clip_value, zero_grad, average_weight
