@@ -11,6 +11,25 @@ update_rules: dict[str, tuple[int, int]]
 def initialise(torch: ModuleType) -> str: ...
 def may_overlap_itself(sizes: list[int], strides: list[int]) -> bool: ...
 
+def lstm_forward(
+    sizes: Sequence[int],
+    batch_sizes: Sequence[int],
+    layer: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    threads: int,
+) -> None: ...
+def lstm_backward(
+    sizes: Sequence[int],
+    batch_sizes: Sequence[int],
+    layer: tuple[Tensor | None, ...],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    threads: int,
+) -> None: ...
+def activate(function: str, input: Tensor, output: Tensor) -> None: ...
+def fma_peak(threads: int) -> float: ...
+
 class OptimizerPlan:
     def __init__(
         self, state: dict[Any, Any], groups: Sequence[Sequence[tuple[Any, ...]]]

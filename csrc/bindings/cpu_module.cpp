@@ -7,6 +7,7 @@
 #include "bindings/collectable.h"
 #include "bindings/gradient_list.h"
 #include "bindings/layout.h"
+#include "bindings/lstm_calls.h"
 #include "bindings/optimizer_plan.h"
 #include "bindings/torch_access.h"
 #include "cpu/dispatch.h"
@@ -41,6 +42,17 @@ PYBIND11_MODULE(_native_cpu, m) {
         "Connects to torch; returns what this torch lacks, in words, or an empty string.");
   m.def("may_overlap_itself", &may_overlap_itself, py::arg("sizes"), py::arg("strides"),
         "False only where no two indices mean the same address.");
+
+  m.def("lstm_forward", &lstm_forward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("layer"),
+        py::arg("results"), py::arg("threads"));
+  m.def("lstm_backward", &lstm_backward, py::arg("sizes"), py::arg("batch_sizes"),
+        py::arg("layer"), py::arg("saved"), py::arg("gradients"), py::arg("results"),
+        py::arg("threads"));
+  m.def("activate", &activate, py::arg("function"), py::arg("input"), py::arg("output"));
+  m.def(
+      "fma_peak",
+      [](int threads) { return chosen_instruction_set().lstm->fma_rate(threads); },
+      py::arg("threads"), "fp32 operations per second with all data in registers and L1.");
 
   py::class_<OptimizerPlan>(m, "OptimizerPlan", py::module_local(),
                             py::custom_type_setup(make_collectable<OptimizerPlan>))

@@ -10,6 +10,7 @@ namespace fastopt {
   namespace isa {                                  \
   extern const OptimizerKernels kOptimizerKernels; \
   extern const GradNormKernels kGradNormKernels;   \
+  extern const LstmKernels kLstmKernels;           \
   }
 FASTOPT_FOR_EACH_ISA(FASTOPT_DECLARE_KERNELS)
 
@@ -33,7 +34,7 @@ bool cpu_runs(const std::string& isa) {
 
 const std::vector<InstructionSet>& instruction_sets() {
 #define FASTOPT_LIST_KERNELS(isa) \
-  {#isa, cpu_runs(#isa), &isa::kOptimizerKernels, &isa::kGradNormKernels},
+  {#isa, cpu_runs(#isa), &isa::kOptimizerKernels, &isa::kGradNormKernels, &isa::kLstmKernels},
   static const std::vector<InstructionSet> sets = {FASTOPT_FOR_EACH_ISA(FASTOPT_LIST_KERNELS)};
   return sets;
 }

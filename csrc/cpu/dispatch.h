@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/grad_norm.h"
+#include "cpu/lstm.h"
 #include "cpu/optimizer_step.h"
 
 namespace fastopt {
@@ -13,6 +14,7 @@ struct InstructionSet {
   bool runs_here;  // this CPU and its operating system have it
   const OptimizerKernels* optimizer;
   const GradNormKernels* grad_norm;
+  const LstmKernels* lstm;
 };
 
 // The sets that this build carries, from the plainest to the widest.

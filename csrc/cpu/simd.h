@@ -8,7 +8,7 @@
 #endif
 
 #include "core/dtypes.h"
-#include "core/update_rules.h"
+#include "core/elementary.h"
 
 FASTOPT_BEGIN_NAMESPACE
 
@@ -92,6 +92,30 @@ template <class T>
 HOST_DEVICE Vec<T> sign_of(Vec<T> vector) {
   const typename Vec<T>::Native zero{}, one = zero + 1;
   return {vector.value > zero ? one : vector.value < zero ? -one : zero};
+}
+
+// As in core/activations.h.
+HOST_DEVICE Vec<float> power_of_two(Vec<float> shifted) {
+  const NativeVector<float>::mask bits = (NativeVector<float>::mask)shifted.value;
+  return {(Vec<float>::Native)((bits + 127) << 23)};
+}
+HOST_DEVICE Vec<double> power_of_two(Vec<double> shifted) {
+  const NativeVector<double>::mask bits = (NativeVector<double>::mask)shifted.value;
+  return {(Vec<double>::Native)((bits + 1023) << 52)};
+}
+
+template <class T>
+HOST_DEVICE Vec<T> with_sign_of(Vec<T> magnitude, Vec<T> sign) {
+  using Mask = typename Vec<T>::Mask;
+  const typename Vec<T>::Native minus_zero = -typename Vec<T>::Native{};
+  const Mask top = (Mask)minus_zero;
+  return {(typename Vec<T>::Native)(((Mask)magnitude.value & ~top) | ((Mask)sign.value & top))};
+}
+
+template <class T>
+HOST_DEVICE Vec<T> zero_below(Vec<T> value, Vec<T> x, T bound) {
+  const typename Vec<T>::Native zero{};
+  return {x.value < bound ? zero : value.value};
 }
 
 HOST_DEVICE Vec<float> square_root(Vec<float> vector) {
@@ -236,5 +260,20 @@ HOST_DEVICE void for_each_lanes(int64_t n, const Body& body) {
   for (; i + Vec<T>::kWidth <= n; i += Vec<T>::kWidth) body(i, Vec<T>());
   for (; i < n; ++i) body(i, T());
 }
+
+// While it lives, this thread takes subnormal numbers for zeros: arithmetic on one costs hundreds of
+// cycles, and a state that fades away runs through them.
+class SubnormalsFlushed {
+ public:
+#if defined(__SSE2__)
+  SubnormalsFlushed() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }
+  ~SubnormalsFlushed() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  SubnormalsFlushed() {}
+#endif
+};
 
 FASTOPT_END_NAMESPACE

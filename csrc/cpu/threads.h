@@ -9,6 +9,10 @@ namespace fastopt {
 // process that has used OpenMP would wait for ever for threads that the fork did not copy.
 void parallel_run(int threads, void (*body)(void* context), void* context);
 
+// The same for threads that work together: the body is told which of how many it is. The system may
+// grant fewer than asked for.
+void parallel_team(int threads, void (*body)(void* context, int rank, int size), void* context);
+
 // To be called once, before the first fork.
 void install_fork_guard();
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 ParamGroup = dict[str, Any]
@@ -85,6 +86,66 @@ class ParameterRequest:
     step: Any
     rule: str
     group: ParamGroup
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is."""
+        return self.param.device
+
+    @property
+    def task(self) -> str:
+        """The work in words, for messages."""
+        return step_of(self.param)
+
+    def ask(self, backend: Backend) -> str | None:
+        """What the backend answers."""
+        return backend.supports(self)
+
+
+def step_of(param: Tensor) -> str:
+    """The step of a parameter in words, for messages."""
+    return f"step a parameter of shape {list(param.shape)}, {param.dtype} on {param.device}"
+
+
+@dataclass(frozen=True, slots=True)
+class LstmRequest:
+    """May a backend run these layers, forward and backward?
+
+    Attributes:
+        input: ``[steps, batch, input_size]``, or ``[tokens, input_size]`` with ``batch_sizes``.
+        batch_sizes: Of a packed sequence: how many rows each step has, on the CPU; or None.
+        initial_hidden: ``[layers * directions, batch, output_size]``.
+        initial_cell: ``[layers * directions, batch, hidden_size]``.
+        weights: For each layer and direction ``weight_ih``, ``weight_hh``, with biases ``bias_ih``
+            and ``bias_hh``, with a projection ``weight_hr``.
+        has_biases: Whether there are biases.
+        num_layers: Layers on top of each other.
+        bidirectional: Whether each layer also runs from the end.
+    """
+
+    input: Tensor
+    batch_sizes: Tensor | None
+    initial_hidden: Tensor
+    initial_cell: Tensor
+    weights: Sequence[Tensor]
+    has_biases: bool
+    num_layers: int
+    bidirectional: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is."""
+        return self.input.device
+
+    @property
+    def task(self) -> str:
+        """The work in words, for messages."""
+        shape, dtype = list(self.input.shape), self.input.dtype
+        return f"run an LSTM over input of shape {shape}, {dtype} on {self.device}"
+
+    def ask(self, backend: Backend) -> str | None:
+        """What the backend answers."""
+        return backend.supports_lstm(self)
 
 
 class SteppedOptimizer(Protocol):
@@ -164,6 +225,9 @@ class Backend(Protocol):
 
     def supports(self, request: ParameterRequest) -> str | None:
         """None where the backend takes the request, otherwise the reason in words."""
+
+    def supports_lstm(self, request: LstmRequest) -> str | None:
+        """The same for the layers of an LSTM."""
 
     def plan_optimizer_step(
         self,

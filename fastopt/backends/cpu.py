@@ -12,12 +12,14 @@ from torch import Tensor
 from fastopt import _native_cpu
 from fastopt.backends.contract import (
     Created,
+    LstmRequest,
     ParameterRequest,
     Refusal,
     SteppedOptimizer,
     Tail,
     UpdateRule,
 )
+from fastopt.backends.cpu_lstm import refuse_lstm
 from fastopt.backends.plain_tensors import refuse_request
 from fastopt.backends.planning import bump_versions, named_refusal, planned_parameters
 
@@ -42,6 +44,10 @@ class CpuBackend:
         if request.group.get("capturable"):
             return "capturable=True is for parameters on an accelerator"
         return refuse_request(request, "cpu")
+
+    def supports_lstm(self, request: LstmRequest) -> str | None:
+        """Plain tensors of one dtype on the CPU, of sizes that fit each other."""
+        return MISSING_IN_TORCH or refuse_lstm(request)
 
     def plan_optimizer_step(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastopt.backends import selfcheck
 from fastopt.backends.contract import (
     Created,
+    LstmRequest,
     ParameterRequest,
     Refusal,
     SteppedOptimizer,
@@ -98,6 +99,10 @@ class CudaBackend:
             "fastopt": _version(),
             "build": f"{build.st_size} bytes of {build.st_mtime_ns}",
         }
+
+    def supports_lstm(self, request: LstmRequest) -> str | None:
+        """No kernel yet."""
+        return "the CUDA kernels have no LSTM"
 
     def plan_optimizer_step(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastopt.backends.contract import (
     Created,
+    LstmRequest,
     ParameterRequest,
     Refusal,
     SteppedOptimizer,
@@ -159,6 +160,10 @@ class ReferenceBackend:
                 return f"a tensor has layout {tensor.layout}"
         return None
 
+    def supports_lstm(self, request: LstmRequest) -> str | None:
+        """Everything that torch's operations take."""
+        return None
+
     def plan_optimizer_step(
         self,
         optimizer: SteppedOptimizer,
@@ -229,3 +234,47 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _widened(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
+
+
+def reference_lstm(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    initial_hidden: Tensor,
+    initial_cell: Tensor,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer of an LSTM, step by step in double precision; autograd has its gradients.
+
+    Shapes and the order of the weights are those of ``LstmRequest``, of one layer.
+    """
+    dtype, wide = input.dtype, torch.float64
+    per_direction = len(weights) // initial_hidden.size(0)
+    steps = list(
+        input.to(wide).unbind(0)
+        if batch_sizes is None
+        else input.to(wide).split(batch_sizes.tolist())
+    )
+    outputs, hidden_states, cell_states = [], [], []
+    for direction, (h_0, c_0) in enumerate(zip(initial_hidden, initial_cell, strict=True)):
+        own = [w.to(wide) for w in weights[direction * per_direction :][:per_direction]]
+        weight_ih, weight_hh, bias = own[0], own[1], own[2] + own[3] if has_biases else 0.0
+        projection = own[-1] if per_direction in (3, 5) else None
+        h, c = h_0.to(wide), c_0.to(wide)
+        produced: list[Tensor] = []
+        for x in steps if direction == 0 else reversed(steps):
+            rows = x.size(0)  # the sequences that have this step
+            gates = x @ weight_ih.T + h[:rows] @ weight_hh.T + bias
+            i, f, g, o = gates.chunk(4, dim=1)
+            c_now = f.sigmoid() * c[:rows] + i.sigmoid() * g.tanh()
+            h_now = o.sigmoid() * c_now.tanh()
+            if projection is not None:
+                h_now = h_now @ projection.T
+            h, c = torch.cat([h_now, h[rows:]]), torch.cat([c_now, c[rows:]])
+            produced.append(h_now)
+        produced = produced if direction == 0 else produced[::-1]
+        outputs.append(torch.stack(produced) if batch_sizes is None else torch.cat(produced))
+        hidden_states.append(h)
+        cell_states.append(c)
+    output = torch.cat(outputs, dim=-1).to(dtype)
+    return output, torch.stack(hidden_states).to(dtype), torch.stack(cell_states).to(dtype)

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from torch import Tensor
-
-from fastopt.backends.contract import Backend, ParameterRequest
+from fastopt.backends.contract import Backend, LstmRequest, ParameterRequest
 from fastopt.backends.cpu import CpuBackend
 from fastopt.backends.cuda import CUDA
 from fastopt.backends.reference import ReferenceBackend
@@ -25,6 +23,8 @@ BACKENDS: dict[str, Backend] = {
 # What "auto" tries, by the parameter's device. `reference` is chosen by name only.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
 AUTO_ORDER_ELSEWHERE = ("torch",)
+
+Request = ParameterRequest | LstmRequest
 
 _in_use: ContextVar[str | None] = ContextVar("fastopt_backend", default=None)
 _logged: set[str] = set()
@@ -74,20 +74,20 @@ def requested(own: str | None) -> str:
     return named
 
 
-def candidates(request: ParameterRequest, choice: str) -> Iterator[tuple[Backend, str | None]]:
+def candidates(request: Request, choice: str) -> Iterator[tuple[Backend, str | None]]:
     """The backends that ``choice`` allows up to the one that takes the request, with reasons."""
     if choice != "auto":
         names: tuple[str, ...] = (choice,)
     else:
-        names = AUTO_ORDER.get(request.param.device.type, AUTO_ORDER_ELSEWHERE)
+        names = AUTO_ORDER.get(request.device.type, AUTO_ORDER_ELSEWHERE)
     for name in names:
-        reason = BACKENDS[name].supports(request)
+        reason = request.ask(BACKENDS[name])
         yield BACKENDS[name], reason
         if reason is None:
             return
 
 
-def choose(request: ParameterRequest, choice: str) -> Backend:
+def choose(request: Request, choice: str) -> Backend:
     """The first backend that takes the request.
 
     Raises:
@@ -97,21 +97,16 @@ def choose(request: ParameterRequest, choice: str) -> Backend:
     for backend, reason in candidates(request, choice):
         if reason is None:
             if refused is not None:
-                log_fall_through(refused, backend.name, label(request.param))
+                log_fall_through(refused, backend.name, request.task)
             return backend
         refused = reason
-    raise RuntimeError(f"backend {choice!r} cannot step {label(request.param)}: {refused}")
+    raise RuntimeError(f"backend {choice!r} cannot {request.task}: {refused}")
 
 
-def label(param: Tensor) -> str:
-    """A parameter in words, for messages."""
-    return f"a parameter of shape {list(param.shape)}, {param.dtype} on {param.device}"
-
-
-def log_fall_through(reason: str, backend: str, what: str) -> None:
+def log_fall_through(reason: str, backend: str, task: str) -> None:
     """Says once for each reason that a slower backend does the work."""
     if reason not in _logged:
         _logged.add(reason)
         logger.warning(
-            "%s: backend %r steps %s (said once; see fastopt.explain)", reason, backend, what
+            "%s: backend %r is to %s (said once; see fastopt.explain)", reason, backend, task
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastopt.backends.contract import (
     AVERAGE,
     Created,
+    LstmRequest,
     ParameterRequest,
     ParamGroup,
     Refusal,
@@ -29,6 +30,10 @@ class TorchBackend:
     name = "torch"
 
     def supports(self, request: ParameterRequest) -> str | None:
+        """Always None."""
+        return None
+
+    def supports_lstm(self, request: LstmRequest) -> str | None:
         """Always None."""
         return None
 

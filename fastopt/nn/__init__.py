@@ -1,5 +1,6 @@
 """The names and arguments of ``torch.nn``, on fastopt's kernels."""
 
 from fastopt.nn import utils
+from fastopt.nn.lstm import LSTM
 
-__all__ = ["utils"]
+__all__ = ["LSTM", "utils"]

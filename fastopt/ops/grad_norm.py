@@ -53,7 +53,7 @@ def gradient_list(
         return grads
     if choice != "auto":
         raise RuntimeError(f"backend {choice!r} cannot measure gradients: {reason}")
-    registry.log_fall_through(reason, "torch", "a list of gradients")
+    registry.log_fall_through(reason, "torch", "measure a list of gradients")
     return None
 
 

@@ -19,6 +19,7 @@ from fastopt.backends.contract import (
     SteppedOptimizer,
     Tail,
     UpdateRule,
+    step_of,
 )
 from fastopt.backends.planning import (
     joined_norm,
@@ -294,9 +295,9 @@ class StepPlan:
             if not self._falls_back:
                 name = registry.requested(optimizer._backend)
                 raise RuntimeError(
-                    f"backend {name!r} cannot step {registry.label(param)}: {reason}"
+                    f"backend {name!r} cannot {step_of(param)}: {reason}"
                 )
-            registry.log_fall_through(reason, "torch", registry.label(param))
+            registry.log_fall_through(reason, "torch", step_of(param))
             marks[group][place] = True
             if id(param) in self._created:  # torch makes the state of a first step itself
                 self._undo(optimizer, [id(param)])

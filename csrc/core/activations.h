@@ -1,0 +1,124 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/elementary.h"
+
+FASTOPT_BEGIN_NAMESPACE
+
+// exp, sigmoid and tanh without branches, for scalars here and for vectors of the CPU in cpu/simd.h.
+// Against the exact values they are within 4 units in the last place; e^x below 2^-125 (2^-1021) is
+// taken for zero. NaN stays NaN.
+
+// What e^x is made of: x = n * ln 2 + r with |r| <= ln(2) / 2.
+template <class T>
+struct ExponentialConstants;
+
+template <>
+struct ExponentialConstants<float> {
+  using Bits = int32_t;
+  static constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kLn2High = 0.693145751953125f;  // 15 bits: n * high is exact
+  static constexpr float kLn2Low = 1.42860682030941723212e-6f;
+  static constexpr float kHighest = 89.0f;    // e^x overflows from 88.73
+  static constexpr float kLowest = -86.9f;  // below, e^x / 2 is not a normal number
+  static constexpr int kTerms = 6;            // of the series of (e^r - 1 - r) / r^2
+};
+
+template <>
+struct ExponentialConstants<double> {
+  using Bits = int64_t;
+  static constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kLn2High = 6.93147180369123816490e-1;
+  static constexpr double kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kHighest = 710.0;
+  static constexpr double kLowest = -707.7;
+  static constexpr int kTerms = 13;
+};
+
+// 1 / (k + 2)!
+constexpr double series_coefficient(int k) {
+  double factorial = 1;
+  for (int i = 2; i <= k + 2; ++i) factorial *= i;
+  return 1 / factorial;
+}
+
+// What is below is written for one value; a vector brings the same operations.
+HOST_DEVICE float power_of_two(float shifted) {  // of the integer that kRounder was added to
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127u) << 23;
+  float result;
+  memcpy(&result, &bits, sizeof result);
+  return result;
+}
+HOST_DEVICE double power_of_two(double shifted) {
+  uint64_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 1023u) << 52;
+  double result;
+  memcpy(&result, &bits, sizeof result);
+  return result;
+}
+HOST_DEVICE float with_sign_of(float magnitude, float sign) { return std::copysign(magnitude, sign); }
+HOST_DEVICE double with_sign_of(double magnitude, double sign) {
+  return std::copysign(magnitude, sign);
+}
+HOST_DEVICE float zero_below(float value, float x, float bound) { return x < bound ? 0.0f : value; }
+HOST_DEVICE double zero_below(double value, double x, double bound) {
+  return x < bound ? 0.0 : value;
+}
+
+// e^r - 1 and 2^(n - 1) for x = n * ln 2 + r.
+template <class T, class V>
+struct ReducedExponential {
+  V remainder, half_power;
+
+  // x must be within [kLowest, kHighest].
+  HOST_DEVICE explicit ReducedExponential(V x) {
+    using C = ExponentialConstants<T>;
+    constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
+    const V shifted = x * kLog2E + C::kRounder;
+    const V n = shifted - C::kRounder;
+    const V r = x - n * C::kLn2High - n * C::kLn2Low;
+    V series = r * static_cast<T>(series_coefficient(C::kTerms - 1)) +
+               static_cast<T>(series_coefficient(C::kTerms - 2));
+#pragma GCC unroll 16
+    for (int k = C::kTerms - 3; k >= 0; --k) {
+      series = series * r + static_cast<T>(series_coefficient(k));
+    }
+    remainder = r * r * series + r;
+    half_power = power_of_two(shifted - T(1));
+  }
+};
+
+template <class T, class V>
+HOST_DEVICE V exponential(V x) {
+  using C = ExponentialConstants<T>;
+  const ReducedExponential<T, V> e(minimum(maximum(x, V{} + C::kLowest), V{} + C::kHighest));
+  const V result = (e.half_power + e.half_power * e.remainder) * T(2);
+  return zero_below(result, x, C::kLowest);
+}
+
+// 1 / (1 + e^-x)
+template <class T, class V>
+HOST_DEVICE V sigmoid(V x) {
+  const V one = V{} + T(1);
+  return one / (one + exponential<T>(V{} - x));
+}
+
+// -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x: no digits are lost near zero.
+template <class T, class V>
+HOST_DEVICE V hyperbolic_tangent(V x) {
+  constexpr T kSaturated = -48;  // tanh(24) is 1 in double precision
+  const ReducedExponential<T, V> e(maximum(magnitude(x) * T(-2), V{} + kSaturated));
+  const V power = e.half_power * T(2);
+  const V expm1 = power * e.remainder + (power - T(1));
+  return with_sign_of(magnitude(expm1 / (expm1 + T(2))), x);
+}
+
+FASTOPT_END_NAMESPACE

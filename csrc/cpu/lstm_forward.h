@@ -1,0 +1,223 @@
+#pragma once
+
+#include "cpu/lstm_walk.h"
+
+FASTOPT_BEGIN_NAMESPACE
+
+// The forward pass of one direction; T is the type of the arithmetic.
+template <class T, class Storage>
+class LstmForwardPass {
+ public:
+  LstmForwardPass(const LstmForward& call, const LstmWalk<T>& walk, int direction)
+      : call_(call), layer_(call.layer), walk_(walk), direction_(direction) {}
+
+  void reserve(Workspace& space) {
+    const int64_t inputs = layer_.input_size, outputs = layer_.output_size;
+    input_stride_ = inputs + LstmWalk<T>::kSkew;
+    hidden_stride_ = padded_columns<T>(outputs) + LstmWalk<T>::kSkew;
+    cell_stride_ = walk_.units + LstmWalk<T>::kSkew;
+    space.reserve(&input_panels_, inputs * walk_.gates);
+    space.reserve(&hidden_panels_, outputs * walk_.gates);
+    space.reserve(&bias_, walk_.gates);
+    space.reserve(&inputs_, walk_.chunk_rows * input_stride_);
+    space.reserve(&gates_, walk_.chunk_rows * walk_.gate_stride);
+    space.reserve(&hidden_[0], layer_.batch * hidden_stride_);
+    space.reserve(&hidden_[1], layer_.batch * hidden_stride_);
+    space.reserve(&cells_, layer_.batch * cell_stride_);
+    if (projected()) {
+      space.reserve(&projection_panels_, layer_.hidden_size * padded_columns<T>(outputs));
+      space.reserve(&unprojected_, layer_.batch * cell_stride_);
+    }
+  }
+
+  void run(Team team) {
+    pack(team);
+    team.wait();
+    const int64_t chunk_count = static_cast<int64_t>(walk_.chunks.size()) - 1;
+    int parity = 0;
+    for (int64_t i = 0; i < chunk_count; ++i) {
+      const int64_t chunk = direction_ == 0 ? i : chunk_count - 1 - i;
+      const int64_t begin = walk_.chunks[chunk], end = walk_.chunks[chunk + 1];
+      multiply_inputs(team, begin, end);
+      team.wait();
+      for (int64_t s = 0; s < end - begin; ++s) {
+        const int64_t t = direction_ == 0 ? begin + s : end - 1 - s;
+        step(team, t, walk_.first_token[begin], parity);
+        parity ^= 1;
+      }
+      team.wait();
+    }
+    write_final_states(team);
+  }
+
+ private:
+  bool projected() const { return layer_.weights[direction_].projection != nullptr; }
+
+  void pack(Team team) {
+    const LstmLayer::Weights& weights = layer_.weights[direction_];
+    const int64_t hidden = layer_.hidden_size, outputs = layer_.output_size;
+    const Range part = team.share(hidden, Tiling<T>::kPanel);
+    pack_gate_columns<T, Storage>(weights.input, layer_.input_size, hidden, walk_.units, part,
+                                  input_panels_);
+    pack_gate_columns<T, Storage>(weights.hidden, outputs, hidden, walk_.units, part,
+                                  hidden_panels_);
+    if (projected()) {
+      const Storage* rows = static_cast<const Storage*>(weights.projection);
+      const Range columns = team.share(outputs, Tiling<T>::kPanel);
+      pack_columns<T>([=](int64_t n) { return rows + n * hidden; }, hidden, outputs, columns.begin,
+                      columns.end, projection_panels_);
+    }
+    if (team.rank == 0) {
+      for (int64_t i = 0; i < walk_.gates; ++i) {
+        const int64_t unit = i % walk_.units, place = i / walk_.units * hidden + unit;
+        bias_[i] = 0;
+        if (unit >= hidden || !weights.input_bias) continue;
+        bias_[i] = load(static_cast<const Storage*>(weights.input_bias) + place) +
+                   load(static_cast<const Storage*>(weights.hidden_bias) + place);
+      }
+    }
+    const Range rows = team.share(layer_.batch);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t place = direction_ * layer_.batch + row;
+      const auto* h = static_cast<const Storage*>(layer_.initial_hidden) + place * outputs;
+      const auto* c = static_cast<const Storage*>(layer_.initial_cell) + place * hidden;
+      convert_row(h, outputs, hidden_[0] + row * hidden_stride_);
+      convert_row(h, outputs, hidden_[1] + row * hidden_stride_);
+      convert_row(c, hidden, cells_ + row * cell_stride_);
+    }
+  }
+
+  // Pre-activations of all steps of a chunk, as far as the input makes them.
+  void multiply_inputs(Team team, int64_t begin, int64_t end) {
+    const int64_t first = walk_.first_token[begin];
+    const Range rows = team.share(walk_.first_token[end] - first);
+    int64_t t = begin;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      while (first + row >= walk_.first_token[t + 1]) ++t;
+      convert_row(walk_.template input_row<Storage>(t, first + row - walk_.first_token[t]),
+                  layer_.input_size, inputs_ + row * input_stride_);
+      convert_row(bias_, walk_.gates, gates_ + row * walk_.gate_stride);
+    }
+    for (int gate = 0; gate < 4; ++gate) {
+      multiply<T>({inputs_ + rows.begin * input_stride_, input_stride_}, rows.end - rows.begin,
+                  input_panels_ + layer_.input_size * gate * walk_.units, layer_.hidden_size,
+                  layer_.input_size,
+                  gates_ + rows.begin * walk_.gate_stride + gate * walk_.units, walk_.gate_stride,
+                  Into::kAdd);
+    }
+  }
+
+  void step(Team team, int64_t t, int64_t first_of_chunk, int parity) {
+    const int64_t active = layer_.batch_sizes[t];
+    const int64_t first = walk_.first_token[t];
+    const T* before = hidden_[parity];
+    T* after = hidden_[parity ^ 1];
+    T* gates = gates_ + (first - first_of_chunk) * walk_.gate_stride;
+    const bool by_rows = walk_.shares_rows(team.size);
+    // A thread's rows lie team.size apart: when sequences end, all lose rows alike.
+    const int64_t spacing = by_rows ? team.size : 1, start = by_rows ? team.rank : 0;
+    const int64_t rows = active > start ? (active - start + spacing - 1) / spacing : 0;
+    const Range units = by_rows ? Range{0, layer_.hidden_size}
+                                : team.share(layer_.hidden_size, Tiling<T>::kPanel);
+    constexpr int64_t kPanel = Tiling<T>::kPanel;
+    T* cell_outputs = projected() ? unprojected_ : after;
+    const int64_t cell_output_stride = projected() ? cell_stride_ : hidden_stride_;
+    for (int64_t unit = units.begin; unit < units.end; unit += kPanel) {
+      const int64_t width = units.end - unit < kPanel ? units.end - unit : kPanel;
+      for (int gate = 0; gate < 4; ++gate) {
+        multiply<T>({before + start * hidden_stride_, spacing * hidden_stride_}, rows,
+                    hidden_panels_ + layer_.output_size * (gate * walk_.units + unit), width,
+                    layer_.output_size,
+                    gates + start * walk_.gate_stride + gate * walk_.units + unit,
+                    spacing * walk_.gate_stride, Into::kAdd);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = start + i * spacing;
+        advance_cells(gates + row * walk_.gate_stride + unit, cells_ + row * cell_stride_ + unit,
+                      cell_outputs + row * cell_output_stride + unit, first + row, unit, width);
+      }
+    }
+    if (projected()) {
+      if (!by_rows) team.wait();
+      const Range columns = by_rows ? Range{0, layer_.output_size}
+                                    : team.share(layer_.output_size, kPanel);
+      multiply<T>({unprojected_ + start * cell_stride_, spacing * cell_stride_}, rows,
+                  projection_panels_ + layer_.hidden_size * columns.begin,
+                  columns.end - columns.begin, layer_.hidden_size,
+                  after + start * hidden_stride_ + columns.begin, spacing * hidden_stride_,
+                  Into::kReplace);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = start + i * spacing;
+        write_output(after + row * hidden_stride_ + columns.begin, first + row, columns.begin,
+                     columns.end - columns.begin);
+      }
+    }
+    if (!by_rows) team.wait();
+  }
+
+  void advance_cells(T* gates, T* cells, T* outputs, int64_t token, int64_t unit, int64_t width) {
+    const int64_t place = direction_ * layer_.tokens + token, hidden = layer_.hidden_size;
+    Storage* saved_gates = static_cast<Storage*>(call_.saved_gates);
+    T* saved_cells = static_cast<T*>(call_.saved_cells);
+    if (saved_gates) saved_gates += place * 4 * hidden + unit;
+    if (saved_cells) saved_cells += place * hidden + unit;
+    for_each_lanes<T>(width, [&](int64_t i, auto lanes) {
+      using V = decltype(lanes);
+      const T* pre = gates + i;
+      const int64_t units = walk_.units;
+      const LstmGates<V> now = activated<T>(
+          LstmGates<V>{load_as<V>(pre), load_as<V>(pre + units), load_as<V>(pre + 2 * units),
+                       load_as<V>(pre + 3 * units)});
+      const V cell = next_cell(now, load_as<V>(cells + i));
+      store(cells + i, cell);
+      store(outputs + i, hidden_of<T>(now, cell));
+      if (!saved_gates) return;
+      store(saved_gates + i, now.input);
+      store(saved_gates + hidden + i, now.forget);
+      store(saved_gates + 2 * hidden + i, now.cell);
+      store(saved_gates + 3 * hidden + i, now.output);
+      store(saved_cells + i, cell);
+    });
+    if (!projected()) write_output(outputs, token, unit, width);
+  }
+
+  void write_output(T* values, int64_t token, int64_t column, int64_t width) {
+    Storage* target = static_cast<Storage*>(call_.output) +
+                      (token * layer_.directions + direction_) * layer_.output_size + column;
+    round_row(values, width, target);
+  }
+
+  void write_final_states(Team team) {
+    const Range rows = team.share(layer_.batch);
+    const int64_t outputs = layer_.output_size;
+    int64_t last = layer_.steps - 1;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      while (layer_.batch_sizes[last] <= row) --last;
+      const int64_t token = direction_ == 0 ? walk_.first_token[last] + row : row;
+      const int64_t place = direction_ * layer_.batch + row;
+      const Storage* source = static_cast<const Storage*>(call_.output) +
+                              (token * layer_.directions + direction_) * outputs;
+      Storage* h = static_cast<Storage*>(call_.final_hidden) + place * outputs;
+      for (int64_t i = 0; i < outputs; ++i) h[i] = source[i];
+      round_row(cells_ + row * cell_stride_, layer_.hidden_size,
+                static_cast<Storage*>(call_.final_cell) + place * layer_.hidden_size);
+    }
+  }
+
+  const LstmForward& call_;
+  const LstmLayer& layer_;
+  const LstmWalk<T>& walk_;
+  const int direction_;
+  int64_t input_stride_, hidden_stride_, cell_stride_;
+  T* input_panels_;       // [gate][unit panels] of depth input_size
+  T* hidden_panels_;      // the same of depth output_size
+  T* projection_panels_;  // of depth hidden_size
+  T* bias_;               // [gates]
+  T* inputs_;             // [chunk_rows, input_size]
+  T* gates_;              // [chunk_rows, gates]
+  T* hidden_[2];          // [batch, output_size], of even and of odd steps
+  T* cells_;              // [batch, units]
+  T* unprojected_;        // [batch, units]
+};
+
+FASTOPT_END_NAMESPACE

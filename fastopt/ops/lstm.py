@@ -1,0 +1,257 @@
+"""The operator ``lstm``: layers, directions and dropout around the registered ``lstm_layer``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, _VF
+
+from fastopt.backends import cpu_lstm, registry
+from fastopt.backends.contract import LstmRequest
+from fastopt.backends.reference import reference_lstm
+
+LIBRARY = torch.library.Library("fastopt", "FRAGMENT")
+
+# Input [steps, batch, input_size], or with batch_sizes [tokens, input_size]; initial states
+# [directions, batch, ...]; weights as in LstmRequest, of one layer. With `save`, the last two results
+# are what the backward needs, otherwise they are empty.
+LIBRARY.define(
+    "lstm_layer(Tensor input, Tensor? batch_sizes, Tensor initial_hidden, Tensor initial_cell, "
+    "Tensor[] weights, bool has_biases, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# Gradients with respect to those of input, initial states and weights that are wanted.
+LIBRARY.define(
+    "lstm_layer_backward(Tensor? output_gradient, Tensor? final_hidden_gradient, "
+    "Tensor? final_cell_gradient, Tensor input, Tensor? batch_sizes, Tensor initial_hidden, "
+    "Tensor initial_cell, Tensor[] weights, bool has_biases, Tensor output, Tensor saved_gates, "
+    "Tensor saved_cells, bool[] wanted) -> Tensor[]"
+)
+
+
+@torch.library.impl(LIBRARY, "lstm_layer", "CPU")
+def _layer_on_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    return cpu_lstm.forward(*arguments)
+
+
+@torch.library.impl(LIBRARY, "lstm_layer_backward", "CPU")
+def _layer_backward_on_cpu(
+    output_gradient: Tensor | None,
+    final_hidden_gradient: Tensor | None,
+    final_cell_gradient: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    initial_hidden: Tensor,
+    initial_cell: Tensor,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    output: Tensor,
+    saved_gates: Tensor,
+    saved_cells: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    return cpu_lstm.backward(
+        (output_gradient, final_hidden_gradient, final_cell_gradient),
+        input,
+        batch_sizes,
+        initial_hidden,
+        initial_cell,
+        weights,
+        has_biases,
+        (output, saved_gates, saved_cells),
+        wanted,
+    )
+
+
+@torch.library.register_fake("fastopt::lstm_layer", lib=LIBRARY)
+def _fake_layer(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    initial_hidden: Tensor,
+    initial_cell: Tensor,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    shapes = cpu_lstm.result_shapes(input, initial_hidden, initial_cell, save)
+    return tuple([input.new_empty(shape, dtype=dtype) for shape, dtype in shapes])
+
+
+@torch.library.register_fake("fastopt::lstm_layer_backward", lib=LIBRARY)
+def _fake_layer_backward(*arguments: Any) -> list[Tensor]:
+    _, _, _, input, _, initial_hidden, initial_cell, weights, *_, wanted = arguments
+    everything = [input, initial_hidden, initial_cell, *weights]
+    return [
+        tensor.new_empty(tensor.shape)
+        for tensor, want in zip(everything, wanted, strict=True)
+        if want
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3], output[4])
+    ctx.has_biases = has_biases
+    ctx.save_for_backward(
+        input, batch_sizes, initial_hidden, initial_cell, output[0], *output[3:], *weights
+    )
+
+
+def _layer_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    input, batch_sizes, h0, c0, output, saved_gates, saved_cells, *weights = ctx.saved_tensors
+    from_outside = gradients[:3]
+    wanted_weights = list(ctx.needs_input_grad[4]) if weights else []
+    wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4], *wanted_weights]
+    if all(gradient is None for gradient in from_outside) or not any(wanted):
+        return None, None, None, None, [None] * len(weights), None, None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = _differentiable_gradients(
+            from_outside, input, batch_sizes, h0, c0, weights, ctx.has_biases, wanted
+        )
+    else:
+        grads = torch.ops.fastopt.lstm_layer_backward(
+            *from_outside, input, batch_sizes, h0, c0, weights, ctx.has_biases, output,
+            saved_gates, saved_cells, wanted,
+        )  # fmt: skip
+    found = iter(grads)
+    placed = [next(found) if want else None for want in wanted]
+    return placed[0], None, placed[1], placed[2], placed[3:], None, None
+
+
+torch.library.register_autograd(
+    "fastopt::lstm_layer", _layer_gradients, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+def _differentiable_gradients(
+    gradients: Sequence[Tensor | None],
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    initial_hidden: Tensor,
+    initial_cell: Tensor,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The same gradients by torch's operations step by step, for derivatives of higher order."""
+    everything = [input, initial_hidden, initial_cell, *weights]
+    with torch.enable_grad(), torch.backends.mkldnn.flags(enabled=False):
+        bidirectional = initial_hidden.size(0) == 2
+        outputs = stock_lstm(
+            input, batch_sizes, initial_hidden, initial_cell, weights, has_biases=has_biases,
+            num_layers=1, dropout=0.0, training=False, bidirectional=bidirectional,
+        )  # fmt: skip
+        used = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+        return list(
+            torch.autograd.grad(
+                [output for output, _ in used],
+                [t for t, want in zip(everything, wanted, strict=True) if want],
+                [gradient for _, gradient in used],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+
+
+def stock_lstm(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    initial_hidden: Tensor,
+    initial_cell: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Torch's own operator; input with the steps first."""
+    states, own = [initial_hidden, initial_cell], list(weights)
+    rest = (has_biases, num_layers, dropout, training, bidirectional)
+    if batch_sizes is None:
+        result = _VF.lstm(input, states, own, *rest, False)
+    else:
+        result = _VF.lstm(input, batch_sizes, states, own, *rest)
+    return tuple(result)  # type: ignore[return-value]
+
+
+def lstm(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    initial_hidden: Tensor,
+    initial_cell: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers; the arguments are those of torch's operator, input with the steps first.
+
+    Returns:
+        Output, final hidden and final cell states.
+
+    Raises:
+        RuntimeError: The backend that the user named does not take the tensors; besides, whatever
+            torch raises.
+    """
+    request = LstmRequest(
+        input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, num_layers,
+        bidirectional,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        chosen = "torch" if backend == "torch" or cpu_lstm.refuse_lstm(request) else "cpu"
+    else:
+        chosen = registry.choose(request, registry.requested(backend)).name
+    options = {
+        "has_biases": has_biases,
+        "num_layers": num_layers,
+        "dropout": dropout,
+        "training": training,
+        "bidirectional": bidirectional,
+    }
+    if chosen == "torch":
+        return stock_lstm(input, batch_sizes, initial_hidden, initial_cell, weights, **options)
+    layer_of = reference_lstm if chosen == "reference" else _registered_layer
+    directions = 2 if bidirectional else 1
+    per_layer = len(weights) // num_layers
+    final_hidden, final_cell = [], []
+    for number in range(num_layers):
+        if number > 0 and dropout > 0 and training:
+            input = torch.dropout(input, dropout, True)
+        states = slice(number * directions, (number + 1) * directions)
+        input, hidden, cell = layer_of(
+            input,
+            batch_sizes,
+            initial_hidden[states],
+            initial_cell[states],
+            list(weights[number * per_layer : (number + 1) * per_layer]),
+            has_biases,
+        )
+        final_hidden.append(hidden)
+        final_cell.append(cell)
+    if num_layers == 1:
+        return input, final_hidden[0], final_cell[0]
+    return input, torch.cat(final_hidden), torch.cat(final_cell)
+
+
+def _registered_layer(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    initial_hidden: Tensor,
+    initial_cell: Tensor,
+    weights: list[Tensor],
+    has_biases: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    everything = [input, initial_hidden, initial_cell, *weights]
+    save = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in everything])
+    output, hidden, cell, _, _ = torch.ops.fastopt.lstm_layer(
+        input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, save
+    )
+    return output, hidden, cell
