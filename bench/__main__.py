@@ -6,8 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import report, run
-from bench.cases import OPTIMIZER_CASES
+from bench import report, results, run
 
 
 def main() -> None:
@@ -16,22 +15,32 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose names contain this text")
     parser.add_argument("--processes", type=int, default=3, help="fresh processes for each case")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the rounds")
-    parser.add_argument("--output", type=Path, help="JSON file to write, say bench/results/x.json")
-    parser.add_argument("--render", action="store_true", help="results to README's table and SVG")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="JSON file to write, say bench/results/x.json; with --only, its other rows are kept",
+    )
+    parser.add_argument("--render", action="store_true", help="results to README's tables and SVGs")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.case:
-        (case,) = [case for case in OPTIMIZER_CASES if case.name == arguments.case]
-        arguments.json.write_text(json.dumps(run.run_case(case, arguments.quick)))
+    if arguments.memory:
+        print(run.run_memory(arguments.case, arguments.memory))
+    elif arguments.case:
+        arguments.json.write_text(json.dumps(run.run_case(arguments.case, arguments.quick)))
     elif arguments.render:
         report.render()
     else:
+        try:
+            kept = results.to_extend(arguments.output if arguments.only else None)
+        except results.OtherMachineError as error:
+            parser.error(str(error))
         cases = run.run_processes(arguments.only, arguments.processes, arguments.quick)
-        result = {"machine": run.machine(), "processes": arguments.processes, "cases": cases}
         if arguments.output:
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-        print(report.table(result))
+            merged = results.Result(machine=kept["machine"], cases={**kept["cases"], **cases})
+            results.save(merged, arguments.output)
+        print(report.text(results.Result(machine=kept["machine"], cases=cases)))
 
 
 main()

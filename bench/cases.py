@@ -1,286 +1,69 @@
-"""What is measured, as data: an optimizer, its tensors, its bytes and its bar."""
+"""What every case has, whatever its operator: a name, bars, rounds, threads."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar, Literal
 
 import torch
 
-Shapes = tuple[tuple[int, ...], ...]
+Mode = Literal["training", "inference"]
 
-LARGE = 16 * 1024 * 1024
-
-GPT2_BLOCK: Shapes = (
-    *((768,), (768,)),  # layer norm
-    *((768, 2304), (2304,), (768, 768), (768,)),  # attention
-    *((768,), (768,)),  # layer norm
-    *((768, 3072), (3072,), (3072, 768), (768,)),  # perceptron
-)
-GPT2: Shapes = ((50257, 768), (1024, 768), *(12 * GPT2_BLOCK), (768,), (768,))
-
-# The norm of any of the cases' gradients is above this: each is clipped.
-MAX_GRAD_NORM = 1.0
-CLIP_AND_ZERO = {"max_grad_norm": MAX_GRAD_NORM, "zero_grad_after_step": True}
-
-ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
-MOMENTUM = {"lr": 1e-2, "momentum": 0.9}
+BEST_OF_STOCK = "best of stock"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a case has to reach: our time against a contender's."""
+    """What a case has to reach: our time against a contender's, or the best of stock's."""
 
     contender: str
     ratio: float
 
 
 @dataclass(frozen=True)
-class OptimizerCase:
+class Case:
     """One row of the report.
 
     Attributes:
+        group: The table that the row belongs to.
         name: The row's name, unique.
-        optimizer: A class of ``torch.optim`` and ``fastopt.optim``; none: only ``clip_grad_norm_``.
-        shapes: The parameters.
-        options: Keyword arguments of both classes.
-        tail: Our options of what surrounds the step; stock's calls do the same.
-        dtype: Of parameters, gradients and state.
-        threads: For every contender that does not say otherwise in its name.
-        bytes_per_element: What a step has to read and write at least.
         bars: What is to be reached.
-        bandwidth_bar: Fraction of the bandwidth of ``add_`` to be reached, or 0.
-        transposed: The parameters are transposed views, the gradients contiguous.
+        limit_bar: Fraction of the machine's limit (bandwidth, arithmetic) to be reached, or 0.
         rounds: How many times each contender is timed.
-        compiled: Whether Inductor takes part: for a step of 1000 tensors it compiles for minutes.
-        device: Where the tensors lie.
-        backend: The one that ours has to run on.
+        threads: For every contender that does not say otherwise in its name.
+        compiled: Whether Inductor takes part: for some cases it compiles for minutes.
     """
 
+    group: ClassVar[str]
+
     name: str
-    optimizer: str
-    shapes: Shapes
-    options: dict[str, Any] = field(default_factory=dict)
-    tail: dict[str, Any] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-    threads: int = 2
-    bytes_per_element: int = 28
+    _: KW_ONLY
     bars: tuple[Bar, ...] = ()
-    bandwidth_bar: float = 0.0
-    transposed: bool = False
+    limit_bar: float = 0.0
     rounds: int = 20
+    threads: int = 2
     compiled: bool = False
-    device: str = "cpu"
-    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class ComputeCase(Case):
+    """A row whose limit is arithmetic.
+
+    Attributes:
+        mode: Forward and backward, or forward without gradients in ``eval()``.
+        dtype: Of inputs and parameters.
+    """
+
+    _: KW_ONLY
+    mode: Mode = "training"
+    dtype: torch.dtype = torch.float32
 
     @property
-    def elements(self) -> int:
-        """Elements of all parameters."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes)
+    def forward_flops(self) -> int:
+        """Useful work of a forward pass."""
+        raise NotImplementedError
 
-
-def _fused(ratio: float) -> tuple[Bar, ...]:
-    return (Bar("torch fused", ratio),)
-
-
-OPTIMIZER_CASES = (
-    OptimizerCase(
-        "AdamW, 1000 x 1024",
-        "AdamW",
-        ((1024,),) * 1000,
-        ADAMW,
-        bars=(Bar("torch fused", 10.0), Bar("DeepSpeed CPUAdam", 5.0)),
-    ),
-    OptimizerCase(
-        "AdamW, 1000 x 1024, one thread",
-        "AdamW",
-        ((1024,),) * 1000,
-        ADAMW,
-        threads=1,
-        bars=_fused(7.0),
-    ),
-    OptimizerCase(
-        "SGD momentum, 1000 x 1024",
-        "SGD",
-        ((1024,),) * 1000,
-        MOMENTUM,
-        bytes_per_element=20,
-        bars=_fused(5.0),
-    ),
-    OptimizerCase(
-        "AdamW, 200 x 64",
-        "AdamW",
-        ((64,),) * 200,
-        ADAMW,
-        bars=_fused(10.0),
-        rounds=150,
-    ),
-    OptimizerCase(
-        "AdamW, 1 x 4096",
-        "AdamW",
-        ((4096,),),
-        ADAMW,
-        bars=_fused(2.5),
-        rounds=800,
-        compiled=True,
-    ),
-    OptimizerCase("AdamW, 16.8M", "AdamW", ((LARGE,),), ADAMW, bars=_fused(1.0), bandwidth_bar=0.9),
-    OptimizerCase(
-        "SGD momentum, 16.8M",
-        "SGD",
-        ((LARGE,),),
-        MOMENTUM,
-        bytes_per_element=20,
-        bars=_fused(1.0),
-        bandwidth_bar=0.9,
-    ),
-    OptimizerCase(
-        "AdamW, GPT-2 124M in 148",
-        "AdamW",
-        GPT2,
-        ADAMW,
-        bars=_fused(1.0),
-        bandwidth_bar=0.9,
-        rounds=5,
-    ),
-    OptimizerCase(
-        "SGD momentum, GPT-2 124M in 148",
-        "SGD",
-        GPT2,
-        MOMENTUM,
-        bytes_per_element=20,
-        bars=_fused(1.0),
-        bandwidth_bar=0.9,
-        rounds=5,
-    ),
-    OptimizerCase(
-        "AdamW bf16, 16.8M",
-        "AdamW",
-        ((LARGE,),),
-        ADAMW,
-        dtype=torch.bfloat16,
-        bytes_per_element=14,
-        bars=_fused(2.0),
-    ),
-    OptimizerCase(
-        "SGD momentum bf16, 16.8M",
-        "SGD",
-        ((LARGE,),),
-        MOMENTUM,
-        dtype=torch.bfloat16,
-        bytes_per_element=10,
-        bars=_fused(1.3),
-    ),
-    OptimizerCase(
-        "AdamW fp16, 16.8M",
-        "AdamW",
-        ((LARGE,),),
-        {**ADAMW, "eps": 1e-4},
-        dtype=torch.float16,
-        bytes_per_element=14,
-        bars=_fused(1.5),
-    ),
-    OptimizerCase(
-        "AdamW, transposed 4 x (2048, 2048)",
-        "AdamW",
-        ((2048, 2048),) * 4,
-        ADAMW,
-        bars=(Bar("torch default", 1.0),),
-        transposed=True,
-    ),
-    OptimizerCase(
-        "clip + AdamW + zero, GPT-2 124M in 148",
-        "AdamW",
-        GPT2,
-        ADAMW,
-        CLIP_AND_ZERO,
-        bytes_per_element=36,
-        bars=_fused(2.0),
-        rounds=5,
-    ),
-    OptimizerCase(
-        "clip + AdamW + zero + EMA, GPT-2 124M in 148",
-        "AdamW",
-        GPT2,
-        ADAMW,
-        {**CLIP_AND_ZERO, "ema_decay": 0.999},
-        bytes_per_element=44,
-        bars=_fused(2.5),
-        rounds=5,
-    ),
-    OptimizerCase(
-        "clip + AdamW + zero, 1000 x 1024",
-        "AdamW",
-        ((1024,),) * 1000,
-        ADAMW,
-        CLIP_AND_ZERO,
-        bytes_per_element=36,
-        bars=_fused(12.0),
-    ),
-    OptimizerCase(
-        "clip_grad_norm_, 2000 x 512",
-        "",
-        ((512,),) * 2000,
-        bytes_per_element=12,
-        bars=(Bar("torch foreach", 8.0),),
-        rounds=40,
-    ),
-    OptimizerCase("Lion, 16.8M", "Lion", ((LARGE,),), {"lr": 1e-4}, bytes_per_element=20),
-)
-
-
-def _on_card(name: str, optimizer: str, shapes: Shapes, **more: Any) -> OptimizerCase:
-    return OptimizerCase(name, optimizer, shapes, device="cuda", backend="cuda", **more)
-
-
-HUNDRED_MILLION = 100 * 1000 * 1000
-
-GPU_CASES = (
-    _on_card(
-        "AdamW, 100M",
-        "AdamW",
-        ((HUNDRED_MILLION,),),
-        options=ADAMW,
-        bars=_fused(1.0),
-        bandwidth_bar=0.92,
-    ),
-    _on_card(
-        "SGD momentum, 100M",
-        "SGD",
-        ((HUNDRED_MILLION,),),
-        options=MOMENTUM,
-        bytes_per_element=20,
-        bars=_fused(1.0),
-    ),
-    _on_card(
-        "AdamW bf16, 100M",
-        "AdamW",
-        ((HUNDRED_MILLION,),),
-        options=ADAMW,
-        dtype=torch.bfloat16,
-        bytes_per_element=14,
-        bars=_fused(1.0),
-    ),
-    _on_card(
-        "AdamW, 1000 x 1024", "AdamW", ((1024,),) * 1000, options=ADAMW, bars=_fused(3.0), rounds=50
-    ),
-    _on_card("AdamW, GPT-2 124M in 148", "AdamW", GPT2, options=ADAMW, bars=_fused(1.0)),
-    _on_card(
-        "clip + AdamW + zero, GPT-2 124M in 148",
-        "AdamW",
-        GPT2,
-        options=ADAMW,
-        tail=CLIP_AND_ZERO,
-        bytes_per_element=36,
-        bars=_fused(2.0),
-    ),
-    _on_card(
-        "clip + AdamW + zero + EMA, GPT-2 124M in 148",
-        "AdamW",
-        GPT2,
-        options=ADAMW,
-        tail={**CLIP_AND_ZERO, "ema_decay": 0.999},
-        bytes_per_element=44,
-        bars=_fused(2.0),
-    ),
-)
+    @property
+    def flops(self) -> int:
+        """Useful work of a call: a backward pass multiplies twice what a forward multiplies."""
+        return self.forward_flops * (3 if self.mode == "training" else 1)

@@ -149,9 +149,9 @@ def measure(simulate: bool) -> dict[str, Any]:
     """Checks and times the cases of a card, with the copy bandwidth in the same rounds."""
     import torch
 
-    from bench.cases import GPU_CASES, HUNDRED_MILLION
-    from bench.contenders import check_parity, optimizer_contenders
-    from bench.run import machine
+    from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION
+    from bench.optimizer_contenders import check_parity, optimizer_contenders
+    from bench.results import machine, provenance
     from bench.timing import Contender, interleaved
 
     def synchronised(call: Callable[[], object]) -> Callable[[], None]:
@@ -166,7 +166,7 @@ def measure(simulate: bool) -> dict[str, Any]:
     for case in GPU_CASES:
         if simulate:
             small = tuple(tuple(min(size, 40) for size in shape) for shape in case.shapes[:5])
-            case = dataclasses.replace(case, shapes=small, device="cpu", rounds=3)
+            case = dataclasses.replace(case, shapes=small, device="cpu", rounds=3, limit_bar=0.0)
         check_parity(case)
         contenders = optimizer_contenders(case)
         size = 1000 if simulate else HUNDRED_MILLION
@@ -182,13 +182,13 @@ def measure(simulate: bool) -> dict[str, Any]:
             case.name, {name: f"{t.median * 1e3:.3f} ms" for name, t in timings.items()}, flush=True
         )
     card = "the host simulator" if simulate else torch.cuda.get_device_name()
-    return {"machine": {**machine(), "card": card}, "cases": cases}
+    return {"machine": {**machine(), **provenance(), "card": card}, "cases": cases}
 
 
 def gpu_table(result: dict[str, Any] | None) -> str:
     """A Markdown table; "not yet measured" where no card has produced a figure."""
-    from bench.cases import GPU_CASES, HUNDRED_MILLION
-    from bench.contenders import OURS
+    from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION
+    from bench.timing import OURS
 
     contenders = ("torch default", "torch foreach", "torch fused")
     lines = []
@@ -210,8 +210,8 @@ def gpu_table(result: dict[str, Any] | None) -> str:
     cases = {} if result is None else result["cases"]
     for case in GPU_CASES:
         bars = [f"{bar.ratio:g}x {bar.contender}" for bar in case.bars]
-        if case.bandwidth_bar:
-            bars.append(f"{case.bandwidth_bar:.0%} of copy_'s bandwidth")
+        if case.limit_bar:
+            bars.append(f"{case.limit_bar:.0%} of copy_'s bandwidth")
         if case.name not in cases:
             lines.append(f"| {case.name} | not yet measured |  |  |  |  | {'<br>'.join(bars)} |")
             continue

@@ -1,18 +1,19 @@
-"""Turns committed results into the README's table and picture."""
+"""Turns committed results into the README's tables and pictures."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bench.cases import OPTIMIZER_CASES, OptimizerCase
-from bench.contenders import OURS, STOCK
+from bench import results
+from bench.cases import BEST_OF_STOCK, Case
 from bench.gpu import gpu_table
-from bench.run import BANDWIDTH_PROBE, ROOT
+from bench.operators import OPERATORS, Operator
+from bench.results import ROOT, Measured, Result
+from bench.timing import OURS
 
-RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
@@ -20,93 +21,126 @@ BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 class Row:
     """A case's figures; each is the worst of the processes."""
 
-    case: OptimizerCase
+    operator: Operator
+    case: Case
+    measured: Measured
     milliseconds: float
     spread: float  # (third - first quartile) / median of ours
     ratios: dict[str, float]  # contender's median over ours
-    bandwidth: float | None  # fraction of add_'s
 
     @property
     def best_of_stock(self) -> tuple[str, float]:
         """Stock's fastest form and its ratio to ours."""
-        name = min((n for n in self.ratios if n in STOCK), key=lambda n: self.ratios[n])
+        stock = [name for name in self.ratios if name in self.operator.stock]
+        name = min(stock, key=lambda name: self.ratios[name])
         return name, self.ratios[name]
 
     def verdicts(self) -> list[str]:
         """Each bar with the measured figure, in words."""
         texts = []
+        ratios = {**self.ratios, BEST_OF_STOCK: self.best_of_stock[1]}
         for bar in self.case.bars:
-            if bar.contender not in self.ratios:
+            if bar.contender not in ratios:
                 texts.append(f"{bar.ratio:g}x {bar.contender}: not measured")
                 continue
-            ratio = self.ratios[bar.contender]
+            ratio = ratios[bar.contender]
             word = "reached" if ratio >= bar.ratio else "**missed**"
             texts.append(f"{bar.ratio:g}x {bar.contender}: {ratio:.2f}x, {word}")
-        if self.bandwidth is not None:
-            word = "reached" if self.bandwidth >= self.case.bandwidth_bar else "**missed**"
-            texts.append(
-                f"{self.case.bandwidth_bar:.0%} of add_'s bandwidth: {self.bandwidth:.0%}, {word}"
-            )
+        limit = self.operator.limit
+        fraction = limit.figure(self.case, self.measured["processes"])
+        if self.case.limit_bar and fraction is not None:
+            word = "reached" if fraction >= self.case.limit_bar else "**missed**"
+            texts.append(f"{self.case.limit_bar:.0%} of {limit.head}: {fraction:.0%}, {word}")
         return texts
 
 
-def rows_of(result: dict[str, Any]) -> list[Row]:
-    """The rows of one machine's file, in the order of the cases."""
+def rows_of(result: Result, operator: Operator) -> list[Row]:
+    """One operator's rows in a machine's file, in the order of the cases."""
     return [
-        _row(case, result["cases"][case.name])
-        for case in OPTIMIZER_CASES
+        _row(operator, case, result["cases"][case.name])
+        for case in operator.cases
         if case.name in result["cases"]
     ]
 
 
-def _row(case: OptimizerCase, processes: list[dict[str, Any]]) -> Row:
-    names = [name for name in processes[0] if name not in (OURS, BANDWIDTH_PROBE)]
+def _row(operator: Operator, case: Case, measured: Measured) -> Row:
+    runs = [process["timings"] for process in measured["processes"]]
+    named = {*operator.stock, *operator.peers, *(bar.contender for bar in case.bars)}
     ratios = {
-        name: min(run[name]["median"] / run[OURS]["median"] for run in processes) for name in names
+        name: min(run[name]["median"] / run[OURS]["median"] for run in runs)
+        for name in runs[0]
+        if name in named
     }
-    slowest = max(processes, key=lambda run: run[OURS]["median"])[OURS]
+    slowest = max(runs, key=lambda run: run[OURS]["median"])[OURS]
     spread = (slowest["quartiles"][1] - slowest["quartiles"][0]) / slowest["median"]
-    bandwidth = None
-    if BANDWIDTH_PROBE in processes[0]:
-        probe_bytes = 12 * 16 * 1024 * 1024
-        bandwidth = min(
-            (case.elements * case.bytes_per_element / run[OURS]["median"])
-            / (probe_bytes / run[BANDWIDTH_PROBE]["median"])
-            for run in processes
-        )
-    return Row(case, slowest["median"] * 1e3, spread, ratios, bandwidth)
+    return Row(operator, case, measured, slowest["median"] * 1e3, spread, ratios)
 
 
-def table(result: dict[str, Any]) -> str:
-    """A Markdown table: ratios above 1 are ours, below 1 stock's."""
-    machine = result["machine"]
-    contenders = [*STOCK, "DeepSpeed CPUAdam"]
-    head = ["case", "fastopt, ms", "spread", *contenders, "bars"]
+def tables(result: Result) -> Iterator[tuple[Operator, str]]:
+    """A Markdown table for each operator that was measured."""
+    for operator in OPERATORS:
+        if rows := rows_of(result, operator):
+            yield operator, _table(result, operator, rows)
+
+
+def text(result: Result) -> str:
+    """All tables, each under its heading."""
+    return "\n\n".join(f"### {operator.group}\n\n{table}" for operator, table in tables(result))
+
+
+def _table(result: Result, operator: Operator, rows: list[Row]) -> str:
+    """Ratios above 1 are ours, below 1 stock's."""
+    contenders = [*operator.stock, *operator.peers]
+    figures = [column.head for column in operator.columns]
+    head = ["case", "fastopt, ms", "spread", *figures, *contenders, "bars"]
     lines = [
-        f"{machine['processor']}, {machine['instruction_set']}, torch {machine['torch']}, "
-        f"fastopt {machine['fastopt']} at {machine['commit']}, {machine['date']}. "
-        f"Each figure is the worst of {result['processes']} processes; columns give the "
+        f"{_machine(result)}, {_provenance(rows)}. "
+        f"Each figure is the worst of {_processes(rows)} processes; columns give the "
         "contender's median over fastopt's, so above 1 fastopt is faster. In bold, the best of "
-        "stock.",
+        "stock." + (f" {operator.note}" if operator.note else ""),
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
-    for row in rows_of(result):
+    for row in rows:
         best = row.best_of_stock[0]
         cells = [row.case.name, f"{row.milliseconds:.3g}", f"{row.spread:.0%}"]
+        for column in operator.columns:
+            figure = column.figure(row.case, row.measured["processes"])
+            cells.append("" if figure is None else format(figure, column.form))
         for name in contenders:
             if name not in row.ratios:
                 cells.append("")
             else:
-                text = f"{row.ratios[name]:.2f}"
-                cells.append(f"**{text}**" if name == best else text)
+                ratio = f"{row.ratios[name]:.2f}"
+                cells.append(f"**{ratio}**" if name == best else ratio)
         cells.append("<br>".join(row.verdicts()))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def picture(result: dict[str, Any], path: Path) -> None:
+def _machine(result: Result) -> str:
+    machine = result["machine"]
+    return f"{machine['processor']}, {machine['instruction_set']}, torch {machine['torch']}"
+
+
+def _provenance(rows: list[Row]) -> str:
+    """Versions and dates; where rows differ, the rarer ones with the rows that they are of."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        measured = row.measured
+        state = f"fastopt {measured['fastopt']} at {measured['commit']}, {measured['date']}"
+        names.setdefault(state, []).append(row.case.name)
+    usual, *others = sorted(names, key=lambda state: -len(names[state]))
+    return usual + "".join(f"; {state}, for {'; '.join(names[state])}" for state in others)
+
+
+def _processes(rows: list[Row]) -> str:
+    counts = sorted({len(row.measured["processes"]) for row in rows})
+    return " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
+
+
+def picture(result: Result, operator: Operator, path: Path) -> None:
     """A bar for each case: how many times faster than the best of stock."""
     import matplotlib
 
@@ -114,24 +148,23 @@ def picture(result: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "fastopt"
     from matplotlib import pyplot
 
-    rows = rows_of(result)
+    rows = rows_of(result, operator)
     figure, axes = pyplot.subplots(figsize=(8, 0.42 * len(rows) + 1.3))
     values = [row.best_of_stock[1] for row in rows]
     colors = ["#2a78d6" if value >= 1 else "#c2453c" for value in values]
     axes.barh([row.case.name for row in rows], values, color=colors)
     axes.axvline(1, color="#444444", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.8, *values) * 0.95, max(values) * 1.6)
+    axes.set_xlim(min(0.8, *values) * 0.95, max(1, *values) * 1.6)
     axes.set_xticks([1, 2, 5, 10, 20], ["1x", "2x", "5x", "10x", "20x"])
     axes.minorticks_off()
     axes.invert_yaxis()
     for place, row in enumerate(rows):
         name, value = row.best_of_stock
         axes.text(max(value, 1) * 1.03, place, f"{value:.2f}x {name}", va="center", fontsize=8)
-    machine = result["machine"]
     axes.set_xlabel(
-        "times faster than the best of stock (worst of "
-        f"{result['processes']} processes)\n{machine['processor']}, torch {machine['torch']}"
+        f"times faster than the best of stock (worst of {_processes(rows)} processes)\n"
+        f"{result['machine']['processor']}, torch {result['machine']['torch']}"
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -141,23 +174,25 @@ def picture(result: dict[str, Any], path: Path) -> None:
 
 def committed_results() -> list[Path]:
     """Every machine's file but the one that ``make bench`` writes for oneself."""
-    paths = sorted(RESULTS.glob("*.json"))
+    paths = sorted(results.FOLDER.glob("*.json"))
     return [p for p in paths if p.name != "local.json" and not p.name.startswith("gpu-")]
 
 
 def gpu_results() -> list[Path]:
     """What ``make gpu`` has written on machines with cards."""
-    return sorted(RESULTS.glob("gpu-*.json"))
+    return sorted(results.FOLDER.glob("gpu-*.json"))
 
 
 def render() -> None:
-    """Writes table and picture of every committed result into the README."""
+    """Writes tables and pictures of every committed result into the README."""
     parts = []
     for path in committed_results():
-        result = json.loads(path.read_text())
-        svg = path.with_suffix(".svg")
-        picture(result, svg)
-        parts += [f"![speed-up]({svg.relative_to(ROOT)})", "", table(result), ""]
+        result = results.load(path)
+        for operator, table in tables(result):
+            svg = path.with_name(f"{path.stem}-{operator.group.lower()}.svg")
+            picture(result, operator, svg)
+            parts += [f"### {operator.group}", ""]
+            parts += [f"![speed-up]({svg.relative_to(ROOT)})", "", table, ""]
     parts += ["### On a card", ""]
     on_cards = [json.loads(path.read_text()) for path in gpu_results()]
     for card in on_cards or [None]:

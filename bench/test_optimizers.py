@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import OPTIMIZER_CASES, OptimizerCase
-from bench.contenders import OURS, check_parity, optimizer_contenders
+from bench.optimizer_cases import OPTIMIZER_CASES, OptimizerCase
+from bench.optimizer_contenders import check_parity, optimizer_contenders
+from bench.timing import OURS
 
 SMALL = [case for case in OPTIMIZER_CASES if case.elements <= 20_000_000]
 

@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+OURS = "fastopt"
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -51,6 +55,17 @@ def interleaved(contenders: dict[str, Contender], rounds: int) -> dict[str, Timi
             if round_number >= 0:
                 samples[name].append(seconds)
     return {name: _summary(values) for name, values in samples.items()}
+
+
+def on_one_thread(contender: Contender, threads: int) -> Contender:
+    """The contender on one thread; those after it have ``threads`` again."""
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        contender.call()
+        torch.set_num_threads(threads)
+
+    return Contender(run, contender.prepare)
 
 
 def _summary(samples: list[float]) -> Timing:

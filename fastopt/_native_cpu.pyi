@@ -10,13 +10,17 @@ update_rules: dict[str, tuple[int, int]]
 
 def initialise(torch: ModuleType) -> str: ...
 def may_overlap_itself(sizes: list[int], strides: list[int]) -> bool: ...
-
 def lstm_forward(
     sizes: Sequence[int],
     batch_sizes: Sequence[int],
     layer: tuple[Tensor | None, ...],
+    packed: Tensor | None,
     results: tuple[Tensor | None, ...],
     threads: int,
+) -> None: ...
+def lstm_packed_bytes(sizes: Sequence[int], layer: tuple[Tensor | None, ...]) -> int: ...
+def lstm_pack(
+    sizes: Sequence[int], layer: tuple[Tensor | None, ...], packed: Tensor, threads: int
 ) -> None: ...
 def lstm_backward(
     sizes: Sequence[int],

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import report
-from bench.cases import GPT2, OPTIMIZER_CASES, OptimizerCase
-from bench.contenders import OURS, check_parity
-from bench.timing import Contender, interleaved
+from bench import lstm_contenders, probes, report, results
+from bench.lstm_cases import LSTM_CASES, LSTMCase
+from bench.operators import LSTM, OPERATORS, OPTIMIZERS, Operator
+from bench.optimizer_cases import GPT2
+from bench.timing import OURS, Contender, interleaved
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,52 +36,147 @@ def test_contenders_take_turns_and_none_is_always_first() -> None:
     assert all(t.rounds == 6 and t.minimum <= t.median for t in timings.values())
 
 
-@pytest.mark.parametrize("case", OPTIMIZER_CASES, ids=lambda case: case.name)
-def test_every_case_is_right_before_it_is_timed(case: OptimizerCase) -> None:
-    check_parity(case)
+CASES = {case.name: (operator, case) for operator in OPERATORS for case in operator.cases}
 
 
-def result_with(ours: float, fused: float) -> dict[str, Any]:
-    def timing(median: float) -> dict[str, Any]:
-        return {"median": median, "minimum": median, "quartiles": [median, median], "rounds": 9}
+def test_names_are_unique() -> None:
+    assert len(CASES) == sum(len(operator.cases) for operator in OPERATORS)
 
+
+@pytest.mark.parametrize(("operator", "case"), CASES.values(), ids=CASES)
+def test_every_case_is_right_before_it_is_timed(operator: Operator, case: Any) -> None:
+    operator.check_parity(case)
+
+
+@pytest.mark.parametrize("case", LSTM_CASES, ids=lambda case: case.name)
+def test_every_lstm_contender_does_the_whole_call(case: LSTMCase) -> None:
+    for contender in lstm_contenders.lstm_contenders(lstm_contenders.clipped(case)).values():
+        contender.prepare()
+        contender.call()
+
+
+def test_an_lstm_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(torch.nn.LSTM):
+        def forward(self, *arguments: Any) -> Any:
+            output, states = super().forward(*arguments)
+            return output + 1e-3 * output.detach(), states
+
+    monkeypatch.setattr(lstm_contenders.fastopt.nn, "LSTM", Wrong)
+    with pytest.raises(AssertionError, match="LSTM T100 B1 I128 H256, training: output"):
+        lstm_contenders.check_parity(LSTM_CASES[0])
+
+
+def test_useful_work_counts_tokens_gates_and_projections() -> None:
+    shape = (5, 2, 3, 7)
+    plain = LSTMCase("plain", *shape, mode="inference")
+    assert plain.flops == 2 * 10 * 28 * (3 + 7)
+    assert LSTMCase("training", *shape).flops == 3 * plain.flops
+    packed = LSTMCase("packed", *shape, mode="inference", lengths=(5, 1))
+    assert packed.flops == 2 * 6 * 28 * (3 + 7)
+    deep = LSTMCase("deep", *shape, mode="inference", layers=2, directions=2, proj_size=4)
+    gates, projection = 28 * (3 + 4) + 28 * (8 + 4), 2 * 7 * 4
+    assert deep.flops == 2 * 10 * 2 * (gates + projection)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_memory_is_what_a_call_adds_at_its_highest() -> None:
+    nothing = Contender(lambda: None)
+    growth = probes.memory_growth(nothing, Contender(lambda: torch.ones(8 << 20).sum()))
+    assert growth == pytest.approx(32 << 20, rel=0.2)
+
+
+MACHINE = {"processor": "a processor", "instruction_set": "avx2", "torch": "2.13.0"}
+PROVENANCE = {"fastopt": "0.1.0", "commit": "abc", "date": "2026-01-01"}
+ADAMW = "AdamW, 200 x 64"
+
+
+def timing(median: float) -> dict[str, Any]:
+    return {"median": median, "minimum": median, "quartiles": [median, median], "rounds": 9}
+
+
+def old_file(ours: float, fused: float) -> dict[str, Any]:
+    """As files were written before rows had a commit of their own."""
     run = {OURS: timing(ours), "torch default": timing(9.0), "torch fused": timing(fused)}
     slower = {**run, OURS: timing(2 * ours)}
-    machine = {
-        "processor": "a processor",
-        "instruction_set": "avx2",
-        "torch": "2.13.0",
-        "fastopt": "0.1.0",
-        "commit": "abc",
-        "date": "2026-01-01",
-    }
-    return {"machine": machine, "processes": 2, "cases": {"AdamW, 200 x 64": [run, slower]}}
+    machine = {**MACHINE, **PROVENANCE}
+    return {"machine": machine, "processes": 2, "cases": {ADAMW: [run, slower]}}
+
+
+def result_with(ours: float, fused: float) -> results.Result:
+    return results.upgraded(old_file(ours, fused))
+
+
+def lstm_row(**figures: float) -> results.Measured:
+    timings = {OURS: timing(0.1), "torch default": timing(0.3), "torch compiled": timing(0.2)}
+    process = results.Process(timings=timings, figures={"fma_peak": 1e11, **figures})
+    return results.Measured(
+        fastopt="0.2.0", commit="def", date="2026-02-02", processes=[process] * 3
+    )
 
 
 def test_the_worst_process_counts_and_misses_are_said() -> None:
-    (row,) = report.rows_of(result_with(ours=0.1, fused=2.0))
+    (row,) = report.rows_of(result_with(ours=0.1, fused=2.0), OPTIMIZERS)
     assert row.best_of_stock == ("torch fused", pytest.approx(10.0))
     assert row.verdicts() == ["10x torch fused: 10.00x, reached"]
-    (row,) = report.rows_of(result_with(ours=0.1, fused=1.0))
+    (row,) = report.rows_of(result_with(ours=0.1, fused=1.0), OPTIMIZERS)
     assert row.verdicts() == ["10x torch fused: 5.00x, **missed**"]
-    text = report.table(result_with(ours=0.1, fused=1.0))
+    text = report.text(result_with(ours=0.1, fused=1.0))
     assert "**missed**" in text and "abc" in text and "a processor" in text
+    assert "### LSTM" not in text
+
+
+def test_work_memory_and_the_best_of_stock_are_told() -> None:
+    training, inference = LSTM_CASES[2:4]
+    cases = {training.name: lstm_row(memory=0.5), inference.name: lstm_row()}
+    result = results.Result(machine=MACHINE, cases=cases)
+    line = next(line for line in report.text(result).splitlines() if training.name in line)
+    cells = line.split(" | ")
+    gigaflops = training.flops / 0.1 / 1e9
+    assert cells[3:6] == [f"{gigaflops:.0f}", f"{gigaflops / 100:.0%}", "0.50"]
+    first, second = report.rows_of(result, LSTM)
+    assert first.verdicts() == ["1.5x best of stock: 2.00x, reached"]
+    assert second.best_of_stock[0] == "torch compiled"
+
+
+def test_rows_measured_later_say_so() -> None:
+    result = result_with(ours=0.1, fused=2.0)
+    result["cases"]["AdamW, 1 x 4096"] = {**result["cases"][ADAMW], "commit": "def"}
+    assert "at abc, 2026-01-01; fastopt 0.1.0 at def, 2026-01-01, for AdamW" in report.text(result)
+
+
+def test_a_file_is_extended_on_its_own_machine_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    assert results.to_extend(path)["cases"] == {}
+    monkeypatch.setattr(results, "machine", lambda: {**MACHINE, "threads": 2})
+    content = old_file(ours=0.1, fused=2.0)
+    content["machine"]["threads"] = 2
+    path.write_text(json.dumps(content))
+    kept = results.to_extend(path)
+    assert kept["cases"][ADAMW]["commit"] == "abc"
+    results.save(kept, path)
+    assert results.load(path) == kept
+    monkeypatch.setattr(results, "machine", lambda: {**MACHINE, "threads": 2, "torch": "9.0"})
+    with pytest.raises(results.OtherMachineError, match=r"torch '2.13.0', here it is '9.0'"):
+        results.to_extend(path)
 
 
 def test_picture_is_drawn_and_does_not_depend_on_the_day(tmp_path: Path) -> None:
     paths = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for path in paths:
-        report.picture(result_with(ours=0.1, fused=2.0), path)
+        report.picture(result_with(ours=0.1, fused=2.0), OPTIMIZERS, path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert b"<svg" in paths[0].read_bytes()
 
 
-def test_the_readmes_table_is_the_rendered_one() -> None:
+def test_the_readmes_tables_are_the_rendered_ones() -> None:
     """Nobody writes figures by hand."""
     readme = (ROOT / "README.md").read_text()
     between = readme.split(report.BEGIN)[1].split(report.END)[0]
     for path in report.committed_results():
-        assert report.table(json.loads(path.read_text())) in between
+        for _, table in report.tables(results.load(path)):
+            assert table in between
 
 
 def test_the_command_line_runs_a_case() -> None:

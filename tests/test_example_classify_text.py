@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "classify_text.py"
 sys.path.insert(0, str(EXAMPLE.parent))
 
+import _contest  # noqa: E402
 import _corpus  # noqa: E402
+import _report  # noqa: E402
 import _tail  # noqa: E402
 
 
@@ -135,6 +137,16 @@ def test_tails_agree_and_go_on_from_their_state():
     assert_matches(evaluated[1], evaluated[0], op="optimizer", dtype=torch.float32)
 
 
+def test_epochs_are_held_to_the_fastest_of_stock():
+    def record(seconds):
+        return _contest.Record([1.0] * 4, [seconds] * 4, [0.1] * 4, [2, 4], [1.0, 1.0])
+
+    records = {"stock": record(3.0), "fused": record(2.0), "ours": record(1.0)}
+    table = _report.timing_table(records, ("stock", "fused"))
+    (ratios,) = [list(c.cells) for c in table.columns if c.header == "epoch ratio"]
+    assert ratios == ["0.67", "1.00", "2.00"]
+
+
 def test_malformed_csv_ends_the_program_with_2(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("text,label\nhello,en\nworld\n")
@@ -147,8 +159,11 @@ def test_smoke_run_reports_and_draws(tmp_path):
     plot = tmp_path / "plots" / "losses.png"
     result = run_example("--smoke", "--plot", plot, "--checkpoint", tmp_path / "checkpoint.pt")
     assert result.returncode == 0, result.stderr
-    for expected in ("stock, fused", "fastopt", "macro F1", "logistic regression", "PASS"):
+    for expected in ("macro F1", "logistic regression", "PASS", "epoch ratio"):
         assert expected in result.stdout
+    for contender in ("stock", "stock, fused", "fastopt optimizer", "fastopt LSTM", "fastopt"):
+        rows = [line for line in result.stdout.splitlines() if f"│ {contender} " in line]
+        assert len(rows) >= 2  # of times and of quality; all but the first are checked as well
     assert "FAIL" not in result.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "checkpoint.pt").stat().st_size > 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import gpu
-from bench.cases import GPU_CASES
+from bench.optimizer_cases import GPU_CASES
 
 
 def test_a_dry_run_passes_every_stage_and_writes_json_and_table(

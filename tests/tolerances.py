@@ -42,6 +42,9 @@ ERROR_RATIO = 2.0
 # An error may be this many units in the last place where stock happens to hit the exact value.
 SLACK_ULPS = 1.0
 
+# Of exp, sigmoid and tanh against the exact values; core/activations.h promises it.
+ACTIVATION_ULPS = 4.0
+
 
 def assert_matches(actual: Tensor, expected: Tensor, *, op: str, dtype: torch.dtype) -> None:
     """Compares values, NaN and infinities included, shapes and dtypes."""

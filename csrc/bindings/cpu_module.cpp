@@ -44,14 +44,15 @@ PYBIND11_MODULE(_native_cpu, m) {
         "False only where no two indices mean the same address.");
 
   m.def("lstm_forward", &lstm_forward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("layer"),
-        py::arg("results"), py::arg("threads"));
-  m.def("lstm_backward", &lstm_backward, py::arg("sizes"), py::arg("batch_sizes"),
-        py::arg("layer"), py::arg("saved"), py::arg("gradients"), py::arg("results"),
+        py::arg("packed"), py::arg("results"), py::arg("threads"));
+  m.def("lstm_packed_bytes", &lstm_packed_bytes, py::arg("sizes"), py::arg("layer"));
+  m.def("lstm_pack", &lstm_pack, py::arg("sizes"), py::arg("layer"), py::arg("packed"),
         py::arg("threads"));
+  m.def("lstm_backward", &lstm_backward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("layer"),
+        py::arg("saved"), py::arg("gradients"), py::arg("results"), py::arg("threads"));
   m.def("activate", &activate, py::arg("function"), py::arg("input"), py::arg("output"));
   m.def(
-      "fma_peak",
-      [](int threads) { return chosen_instruction_set().lstm->fma_rate(threads); },
+      "fma_peak", [](int threads) { return chosen_instruction_set().lstm->fma_rate(threads); },
       py::arg("threads"), "fp32 operations per second with all data in registers and L1.");
 
   py::class_<OptimizerPlan>(m, "OptimizerPlan", py::module_local(),

@@ -55,9 +55,10 @@ LstmLayer layer_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>
 }  // namespace
 
 void lstm_forward(const std::vector<int64_t>& sizes, const std::vector<int64_t>& batch_sizes,
-                  py::tuple layer, py::tuple results, int threads) {
+                  py::tuple layer, py::object packed, py::tuple results, int threads) {
   LstmForward call{};
   call.layer = layer_of(sizes, batch_sizes, layer, threads);
+  call.packed = address(packed);
   call.output = address(results[0]);
   call.final_hidden = address(results[1]);
   call.final_cell = address(results[2]);
@@ -65,6 +66,25 @@ void lstm_forward(const std::vector<int64_t>& sizes, const std::vector<int64_t>&
   call.saved_cells = address(results[4]);
   py::gil_scoped_release released;
   chosen_instruction_set().lstm->forward(call);
+}
+
+namespace {
+
+// For its weights alone: there are no steps.
+LstmLayer weights_of(const std::vector<int64_t>& sizes, const py::tuple& layer, int threads) {
+  LstmLayer result = layer_of(sizes, {}, layer, threads);
+  result.steps = 0;
+  return result;
+}
+
+}  // namespace
+
+int64_t lstm_packed_bytes(const std::vector<int64_t>& sizes, py::tuple layer) {
+  return chosen_instruction_set().lstm->packed_bytes(weights_of(sizes, layer, 1));
+}
+
+void lstm_pack(const std::vector<int64_t>& sizes, py::tuple layer, py::object packed, int threads) {
+  chosen_instruction_set().lstm->pack(weights_of(sizes, layer, threads), address(packed));
 }
 
 void lstm_backward(const std::vector<int64_t>& sizes, const std::vector<int64_t>& batch_sizes,

@@ -14,7 +14,14 @@ namespace fastopt {
 // is not there. The caller vouches for dtypes, shapes and strides; csrc/cpu/lstm.h has them.
 // `results` is (output, final_hidden, final_cell, saved_gates, saved_cells).
 void lstm_forward(const std::vector<int64_t>& sizes, const std::vector<int64_t>& batch_sizes,
-                  pybind11::tuple layer, pybind11::tuple results, int threads);
+                  pybind11::tuple layer, pybind11::object packed, pybind11::tuple results,
+                  int threads);
+
+// Packed weights for lstm_forward: how many bytes for one direction, and into a tensor of
+// [directions, bytes].
+int64_t lstm_packed_bytes(const std::vector<int64_t>& sizes, pybind11::tuple layer);
+void lstm_pack(const std::vector<int64_t>& sizes, pybind11::tuple layer, pybind11::object packed,
+               int threads);
 
 // `saved` is (output, saved_gates, saved_cells), `gradients` those of output, final_hidden and
 // final_cell; `results` those of input, initial_hidden and initial_cell and for each direction of

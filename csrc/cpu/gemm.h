@@ -65,8 +65,7 @@ void multiply_tile(LeftOperand<T> a, const T* panel, int64_t depth, T* c, int64_
     panel += kVectors * kWidth;
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
-      const T value =
-          kTransposed ? packed[row] : pointers[row / 3][(row % 3) * a.row_stride + k];
+      const T value = kTransposed ? packed[row] : pointers[row / 3][(row % 3) * a.row_stride + k];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sums[row][v].value += value * b[v].value;
     }
@@ -79,6 +78,29 @@ void multiply_tile(LeftOperand<T> a, const T* panel, int64_t depth, T* c, int64_
       T* target = c + row * c_stride + v * kWidth;
       store(target, into == Into::kAdd ? load_as<Vec<T>>(target) + sums[row][v] : sums[row][v]);
     }
+  }
+}
+
+// One row by kRowPanels whole panels: a tile of one row would wait for its own two sums at each
+// step.
+constexpr int kRowPanels = 4;
+template <class T>
+void multiply_row(const T* a, const T* panels, int64_t depth, T* c, Into into) {
+  constexpr int kWidth = Vec<T>::kWidth, kPanel = Tiling<T>::kPanel, kVectors = 2 * kRowPanels;
+  Vec<T> sums[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) sums[v] = Vec<T>{};
+  for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const T* b = panels + (v / 2) * depth * kPanel + (v % 2) * kWidth;
+      sums[v].value += a[k] * load_as<Vec<T>>(b + k * kPanel).value;
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    T* target = c + v * kWidth;
+    store(target, into == Into::kAdd ? load_as<Vec<T>>(target) + sums[v] : sums[v]);
   }
 }
 
@@ -112,7 +134,11 @@ void multiply(LeftOperand<T> a, int64_t rows, const T* panels, int64_t columns, 
               int64_t c_stride, Into into) {
   constexpr int kPanel = Tiling<T>::kPanel;
   const int64_t height = tile_height(rows, Tiling<T>::kTileRows);
-  for (int64_t column = 0; column < columns; column += kPanel) {
+  int64_t column = 0;
+  for (; rows == 1 && column + kRowPanels * kPanel <= columns; column += kRowPanels * kPanel) {
+    multiply_row(a.rows, panels + depth * column, depth, c + column, into);
+  }
+  for (; column < columns; column += kPanel) {
     const int vectors = columns - column > Tiling<T>::kWidth ? 2 : 1;
     for (int64_t row = 0; row < rows; row += height) {
       const int64_t count = rows - row < height ? rows - row : height;
@@ -123,8 +149,8 @@ void multiply(LeftOperand<T> a, int64_t rows, const T* panels, int64_t columns, 
   }
 }
 
-// C[rows, columns] += A^T * B where A [depth, rows] is stored by its rows, `stride` apart. `scratch`
-// has room for depth * rows.
+// C[rows, columns] += A^T * B where A [depth, rows] is stored by its rows, `stride` apart.
+// `scratch` has room for depth * rows.
 template <class T>
 void multiply_transposed(const T* a, int64_t stride, int64_t rows, const T* panels, int64_t columns,
                          int64_t depth, T* c, int64_t c_stride, T* scratch) {

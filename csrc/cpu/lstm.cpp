@@ -42,6 +42,38 @@ void forward(const LstmForward& call) { run_in_dtype<LstmForwardPass>(call); }
 
 void backward(const LstmBackward& call) { run_in_dtype<LstmBackwardPass>(call); }
 
+template <class Storage>
+int64_t packed_bytes_of(const LstmLayer& layer) {
+  using T = ComputeType<Storage>;
+  const LstmForward call{layer, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const LstmWalk<T> walk(layer);
+  return LstmForwardPass<T, Storage>(call, walk, 0).packed_count() * sizeof(T);
+}
+
+template <class Storage>
+void pack_weights(const LstmLayer& layer, void* packed) {
+  using T = ComputeType<Storage>;
+  const LstmForward call{layer, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const LstmWalk<T> walk(layer);
+  run_directions(layer.threads, layer.directions, [&](int direction, Team team) {
+    const LstmForwardPass<T, Storage> pass(call, walk, direction);
+    pass.pack(team, static_cast<T*>(packed) + direction * pass.packed_count());
+  });
+}
+
+int64_t packed_bytes(const LstmLayer& layer) {
+  static int64_t (*const kBytes[kDTypes])(const LstmLayer&) = {
+      packed_bytes_of<float>, packed_bytes_of<double>, packed_bytes_of<BFloat16>,
+      packed_bytes_of<Half>};
+  return kBytes[static_cast<int>(layer.dtype)](layer);
+}
+
+void pack(const LstmLayer& layer, void* packed) {
+  static void (*const kPack[kDTypes])(const LstmLayer&, void*) = {
+      pack_weights<float>, pack_weights<double>, pack_weights<BFloat16>, pack_weights<Half>};
+  kPack[static_cast<int>(layer.dtype)](layer, packed);
+}
+
 template <class T>
 void activate(char function, const T* x, T* y, int64_t count) {
   for_each_lanes<T>(count, [&](int64_t i, auto lanes) {
@@ -65,6 +97,7 @@ double fma_rate(int threads) {
     mine.barrier.wait(size);
     const auto start = std::chrono::steady_clock::now();
     for (int i = 0; i < kRepeats; ++i) {
+      asm volatile("" : : "r"(a), "r"(panel), "r"(c) : "memory");  // they may have changed
       multiply_tile<float, kRows, 2, true>({a, 1}, panel, kDepth, c, Tiling<float>::kPanel,
                                            Into::kAdd);
     }
@@ -79,6 +112,7 @@ double fma_rate(int threads) {
 }  // namespace
 
 extern const LstmKernels kLstmKernels;
-const LstmKernels kLstmKernels = {forward, backward, activate<float>, activate<double>, fma_rate};
+const LstmKernels kLstmKernels = {forward,         packed_bytes,     pack,    backward,
+                                  activate<float>, activate<double>, fma_rate};
 
 FASTOPT_END_NAMESPACE

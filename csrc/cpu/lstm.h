@@ -10,14 +10,14 @@ constexpr int kMaxDirections = 2;
 
 // One layer of an LSTM over sequences of `batch` rows. All tensors have the same dtype and are
 // contiguous unless a stride says otherwise; strides are in elements. A token is one row at one
-// step: step t has batch_sizes[t] of them, which never grows with t, and tokens are numbered step by
-// step. G stands for the four gates i, f, g, o of all units, [4, hidden].
+// step: step t has batch_sizes[t] of them, which never grows with t, and tokens are numbered step
+// by step. G stands for the four gates i, f, g, o of all units, [4, hidden].
 struct LstmLayer {
   DType dtype;
   int threads;
   int directions;
   int64_t steps, batch, tokens;
-  const int64_t* batch_sizes;  // [steps]
+  const int64_t* batch_sizes;                    // [steps]
   int64_t input_size, hidden_size, output_size;  // output_size is hidden_size without a projection
   const void* input;                             // row b of step t begins at
   int64_t input_step_stride, input_row_stride;   // t * step_stride + b * row_stride, contiguous;
@@ -35,6 +35,7 @@ struct LstmLayer {
 
 struct LstmForward {
   LstmLayer layer;
+  const void* packed;  // [directions, packed_bytes], made by pack; or nullptr
   void* output;        // [tokens, directions, output_size]
   void* final_hidden;  // as the initial ones
   void* final_cell;
@@ -67,6 +68,9 @@ struct LstmBackward {
 // What one instruction set offers.
 struct LstmKernels {
   void (*forward)(const LstmForward& call);
+  // Weights as the forward pass reads them, for callers whose weights do not change.
+  int64_t (*packed_bytes)(const LstmLayer& layer);  // of one direction
+  void (*pack)(const LstmLayer& layer, void* packed);
   void (*backward)(const LstmBackward& call);
   // f(x) for `count` values, as the kernels compute it: exp, sigmoid or tanh.
   void (*activate_float)(char function, const float* x, float* y, int64_t count);

@@ -16,22 +16,32 @@ class LstmForwardPass {
     input_stride_ = inputs + LstmWalk<T>::kSkew;
     hidden_stride_ = padded_columns<T>(outputs) + LstmWalk<T>::kSkew;
     cell_stride_ = walk_.units + LstmWalk<T>::kSkew;
-    space.reserve(&input_panels_, inputs * walk_.gates);
-    space.reserve(&hidden_panels_, outputs * walk_.gates);
-    space.reserve(&bias_, walk_.gates);
+    if (call_.packed) {
+      packed_ = static_cast<const T*>(call_.packed) + direction_ * packed_count();
+    } else {
+      space.reserve(&own_packed_, packed_count());
+    }
     space.reserve(&inputs_, walk_.chunk_rows * input_stride_);
     space.reserve(&gates_, walk_.chunk_rows * walk_.gate_stride);
     space.reserve(&hidden_[0], layer_.batch * hidden_stride_);
     space.reserve(&hidden_[1], layer_.batch * hidden_stride_);
     space.reserve(&cells_, layer_.batch * cell_stride_);
     if (projected()) {
-      space.reserve(&projection_panels_, layer_.hidden_size * padded_columns<T>(outputs));
       space.reserve(&unprojected_, layer_.batch * cell_stride_);
     }
   }
 
+  // Numbers in the packed weights of one direction: input_panels, hidden_panels, the sum of the
+  // biases and projection_panels, one after the other.
+  int64_t packed_count() const {
+    const int64_t projection =
+        projected() ? layer_.hidden_size * padded_columns<T>(layer_.output_size) : 0;
+    return (layer_.input_size + layer_.output_size + 1) * walk_.gates + projection;
+  }
+
   void run(Team team) {
-    pack(team);
+    if (!call_.packed) pack(team, own_packed_);
+    start_states(team);
     team.wait();
     const int64_t chunk_count = static_cast<int64_t>(walk_.chunks.size()) - 1;
     int parity = 0;
@@ -50,32 +60,43 @@ class LstmForwardPass {
     write_final_states(team);
   }
 
- private:
-  bool projected() const { return layer_.weights[direction_].projection != nullptr; }
-
-  void pack(Team team) {
+  void pack(Team team, T* packed) const {
     const LstmLayer::Weights& weights = layer_.weights[direction_];
     const int64_t hidden = layer_.hidden_size, outputs = layer_.output_size;
+    T* hidden_panels = packed + layer_.input_size * walk_.gates;
+    T* bias = hidden_panels + outputs * walk_.gates;
     const Range part = team.share(hidden, Tiling<T>::kPanel);
     pack_gate_columns<T, Storage>(weights.input, layer_.input_size, hidden, walk_.units, part,
-                                  input_panels_);
+                                  packed);
     pack_gate_columns<T, Storage>(weights.hidden, outputs, hidden, walk_.units, part,
-                                  hidden_panels_);
+                                  hidden_panels);
     if (projected()) {
       const Storage* rows = static_cast<const Storage*>(weights.projection);
       const Range columns = team.share(outputs, Tiling<T>::kPanel);
       pack_columns<T>([=](int64_t n) { return rows + n * hidden; }, hidden, outputs, columns.begin,
-                      columns.end, projection_panels_);
+                      columns.end, bias + walk_.gates);
     }
     if (team.rank == 0) {
       for (int64_t i = 0; i < walk_.gates; ++i) {
         const int64_t unit = i % walk_.units, place = i / walk_.units * hidden + unit;
-        bias_[i] = 0;
+        bias[i] = 0;
         if (unit >= hidden || !weights.input_bias) continue;
-        bias_[i] = load(static_cast<const Storage*>(weights.input_bias) + place) +
-                   load(static_cast<const Storage*>(weights.hidden_bias) + place);
+        bias[i] = load(static_cast<const Storage*>(weights.input_bias) + place) +
+                  load(static_cast<const Storage*>(weights.hidden_bias) + place);
       }
     }
+  }
+
+ private:
+  bool projected() const { return layer_.weights[direction_].projection != nullptr; }
+
+  const T* input_panels() const { return call_.packed ? packed_ : own_packed_; }
+  const T* hidden_panels() const { return input_panels() + layer_.input_size * walk_.gates; }
+  const T* bias() const { return hidden_panels() + layer_.output_size * walk_.gates; }
+  const T* projection_panels() const { return bias() + walk_.gates; }
+
+  void start_states(Team team) {
+    const int64_t hidden = layer_.hidden_size, outputs = layer_.output_size;
     const Range rows = team.share(layer_.batch);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t place = direction_ * layer_.batch + row;
@@ -96,14 +117,13 @@ class LstmForwardPass {
       while (first + row >= walk_.first_token[t + 1]) ++t;
       convert_row(walk_.template input_row<Storage>(t, first + row - walk_.first_token[t]),
                   layer_.input_size, inputs_ + row * input_stride_);
-      convert_row(bias_, walk_.gates, gates_ + row * walk_.gate_stride);
+      convert_row(bias(), walk_.gates, gates_ + row * walk_.gate_stride);
     }
     for (int gate = 0; gate < 4; ++gate) {
       multiply<T>({inputs_ + rows.begin * input_stride_, input_stride_}, rows.end - rows.begin,
-                  input_panels_ + layer_.input_size * gate * walk_.units, layer_.hidden_size,
-                  layer_.input_size,
-                  gates_ + rows.begin * walk_.gate_stride + gate * walk_.units, walk_.gate_stride,
-                  Into::kAdd);
+                  input_panels() + layer_.input_size * gate * walk_.units, layer_.hidden_size,
+                  layer_.input_size, gates_ + rows.begin * walk_.gate_stride + gate * walk_.units,
+                  walk_.gate_stride, Into::kAdd);
     }
   }
 
@@ -117,16 +137,18 @@ class LstmForwardPass {
     // A thread's rows lie team.size apart: when sequences end, all lose rows alike.
     const int64_t spacing = by_rows ? team.size : 1, start = by_rows ? team.rank : 0;
     const int64_t rows = active > start ? (active - start + spacing - 1) / spacing : 0;
-    const Range units = by_rows ? Range{0, layer_.hidden_size}
-                                : team.share(layer_.hidden_size, Tiling<T>::kPanel);
+    const Range units =
+        by_rows ? Range{0, layer_.hidden_size} : team.share(layer_.hidden_size, Tiling<T>::kPanel);
     constexpr int64_t kPanel = Tiling<T>::kPanel;
     T* cell_outputs = projected() ? unprojected_ : after;
     const int64_t cell_output_stride = projected() ? cell_stride_ : hidden_stride_;
-    for (int64_t unit = units.begin; unit < units.end; unit += kPanel) {
-      const int64_t width = units.end - unit < kPanel ? units.end - unit : kPanel;
+    // With many rows, the gates of a panel's units are still in the L1 cache for the cells.
+    const int64_t block = rows > 1 ? kPanel : units.end - units.begin;
+    for (int64_t unit = units.begin; unit < units.end; unit += block) {
+      const int64_t width = units.end - unit < block ? units.end - unit : block;
       for (int gate = 0; gate < 4; ++gate) {
         multiply<T>({before + start * hidden_stride_, spacing * hidden_stride_}, rows,
-                    hidden_panels_ + layer_.output_size * (gate * walk_.units + unit), width,
+                    hidden_panels() + layer_.output_size * (gate * walk_.units + unit), width,
                     layer_.output_size,
                     gates + start * walk_.gate_stride + gate * walk_.units + unit,
                     spacing * walk_.gate_stride, Into::kAdd);
@@ -139,10 +161,10 @@ class LstmForwardPass {
     }
     if (projected()) {
       if (!by_rows) team.wait();
-      const Range columns = by_rows ? Range{0, layer_.output_size}
-                                    : team.share(layer_.output_size, kPanel);
+      const Range columns =
+          by_rows ? Range{0, layer_.output_size} : team.share(layer_.output_size, kPanel);
       multiply<T>({unprojected_ + start * cell_stride_, spacing * cell_stride_}, rows,
-                  projection_panels_ + layer_.hidden_size * columns.begin,
+                  projection_panels() + layer_.hidden_size * columns.begin,
                   columns.end - columns.begin, layer_.hidden_size,
                   after + start * hidden_stride_ + columns.begin, spacing * hidden_stride_,
                   Into::kReplace);
@@ -165,9 +187,9 @@ class LstmForwardPass {
       using V = decltype(lanes);
       const T* pre = gates + i;
       const int64_t units = walk_.units;
-      const LstmGates<V> now = activated<T>(
-          LstmGates<V>{load_as<V>(pre), load_as<V>(pre + units), load_as<V>(pre + 2 * units),
-                       load_as<V>(pre + 3 * units)});
+      const LstmGates<V> now =
+          activated<T>(LstmGates<V>{load_as<V>(pre), load_as<V>(pre + units),
+                                    load_as<V>(pre + 2 * units), load_as<V>(pre + 3 * units)});
       const V cell = next_cell(now, load_as<V>(cells + i));
       store(cells + i, cell);
       store(outputs + i, hidden_of<T>(now, cell));
@@ -209,15 +231,13 @@ class LstmForwardPass {
   const LstmWalk<T>& walk_;
   const int direction_;
   int64_t input_stride_, hidden_stride_, cell_stride_;
-  T* input_panels_;       // [gate][unit panels] of depth input_size
-  T* hidden_panels_;      // the same of depth output_size
-  T* projection_panels_;  // of depth hidden_size
-  T* bias_;               // [gates]
-  T* inputs_;             // [chunk_rows, input_size]
-  T* gates_;              // [chunk_rows, gates]
-  T* hidden_[2];          // [batch, output_size], of even and of odd steps
-  T* cells_;              // [batch, units]
-  T* unprojected_;        // [batch, units]
+  const T* packed_;  // the caller's, or own_packed_
+  T* own_packed_;
+  T* inputs_;       // [chunk_rows, input_size]
+  T* gates_;        // [chunk_rows, gates]
+  T* hidden_[2];    // [batch, output_size], of even and of odd steps
+  T* cells_;        // [batch, units]
+  T* unprojected_;  // [batch, units]
 };
 
 FASTOPT_END_NAMESPACE

@@ -21,6 +21,11 @@ def refuse_lstm(request: LstmRequest) -> str | None:
         return "forward-mode differentiation has no tangents of the kernels"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
+    if request.device.type != "cpu":
+        return f"the input is on {request.device}"
+    casts = torch.is_autocast_enabled(request.device.type)
+    if casts and (request.batch_sizes is not None or _is_projected(request)):
+        return "autocast of packed sequences and of projections is torch's"
     if request.input.dtype not in DTYPES:
         return f"no kernel has the dtype {request.input.dtype}"
     if not torch.compiler.is_compiling():
@@ -28,9 +33,24 @@ def refuse_lstm(request: LstmRequest) -> str | None:
         for tensor in tensors:
             if reason := not_plain("a tensor", tensor, "cpu"):
                 return reason
-            if tensor.dtype is not request.input.dtype:
+            if tensor.dtype is not request.input.dtype and not casts:
                 return f"tensors are {request.input.dtype} and {tensor.dtype}"
     return _refuse_sizes(request)
+
+
+def _is_projected(request: LstmRequest) -> bool:
+    return request.initial_hidden.size(-1) != request.initial_cell.size(-1)
+
+
+def autocast_dtype(request: LstmRequest) -> torch.dtype | None:
+    """What everything is cast to before the kernels run, where autocast is on.
+
+    With a projection or packed input stock casts some results and not others: that is left to it.
+    """
+    kind = request.device.type
+    if not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _refuse_sizes(request: LstmRequest) -> str | None:
@@ -41,8 +61,7 @@ def _refuse_sizes(request: LstmRequest) -> str | None:
     projected = len(request.weights) == (count + 1) * blocks
     if len(request.weights) != (count + projected) * blocks:
         return unfit
-    dims, states = (2, request.initial_hidden) if request.batch_sizes is not None else (
-        3, request.initial_hidden)  # fmt: skip
+    dims, states = 3 if request.batch_sizes is None else 2, request.initial_hidden
     if request.input.dim() != dims or states.dim() != 3 or request.initial_cell.dim() != 3:
         return unfit
     if request.input.numel() == 0 or request.initial_cell.numel() == 0:
@@ -62,7 +81,7 @@ def _refuse_sizes(request: LstmRequest) -> str | None:
     for block in range(blocks):
         own = request.weights[block * (count + projected) :][: count + projected]
         wide = inputs if block < directions else directions * outputs
-        shapes = [(4 * hidden, wide), (4 * hidden, outputs)]
+        shapes: list[tuple[int, ...]] = [(4 * hidden, wide), (4 * hidden, outputs)]
         shapes += [(4 * hidden,)] * 2 if request.has_biases else []
         shapes += [(outputs, hidden)] if projected else []
         if any(tuple(w.shape) != shape for w, shape in zip(own, shapes, strict=True)):
@@ -106,9 +125,8 @@ def _layer(
         if not has_biases:
             own[2:2] = [None, None]
         tensors += own if len(own) == 5 else [*own, None]
-    sizes = (
-        directions, len(rows), batch, tokens, input.size(-1), initial_cell.size(2), outputs, *strides
-    )  # fmt: skip
+    widths = input.size(-1), initial_cell.size(2), outputs
+    sizes = (directions, len(rows), batch, tokens, *widths, *strides)
     return Layer(sizes, rows, tuple(tensors), directions, per_direction)
 
 
@@ -141,6 +159,7 @@ def forward(
     initial_cell: Tensor,
     weights: Sequence[Tensor],
     has_biases: bool,
+    packed: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, ...]:
     """Runs one layer; see ``fastopt/ops/lstm.py``."""
@@ -149,9 +168,24 @@ def forward(
     results = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in shapes)
     passed = results if save else (*results[:3], None, None)
     _native_cpu.lstm_forward(
-        layer.sizes, layer.batch_sizes, layer.tensors, passed, torch.get_num_threads()
+        layer.sizes, layer.batch_sizes, layer.tensors, packed, passed, torch.get_num_threads()
     )
     return results
+
+
+def pack(weights: Sequence[Tensor], has_biases: bool, directions: int) -> Tensor:
+    """The weights of one layer as the kernels read them, ``[directions, bytes]``."""
+    weight_ih, weight_hh = weights[0], weights[1]
+    hidden, outputs = weight_ih.size(0) // 4, weight_hh.size(1)
+    input, h, c = (
+        weight_ih.new_empty(shape)
+        for shape in ((1, 1, weight_ih.size(1)), (directions, 1, outputs), (directions, 1, hidden))
+    )
+    layer = _layer(input, None, h, c, weights, has_biases)
+    size = _native_cpu.lstm_packed_bytes(layer.sizes, layer.tensors)
+    packed = torch.empty((directions, size), dtype=torch.uint8)
+    _native_cpu.lstm_pack(layer.sizes, layer.tensors, packed, torch.get_num_threads())
+    return packed
 
 
 def backward(

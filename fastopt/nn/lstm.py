@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastopt.backends import registry
-from fastopt.ops.lstm import lstm
+from fastopt.ops.lstm import FrozenWeights, lstm
 
 __all__ = ["LSTM"]
 
@@ -31,9 +31,9 @@ class LSTM(torch.nn.LSTM):
         proj_size: Features of the hidden state, where that is a projection of the cell's output.
         device: Of the parameters.
         dtype: Of the parameters.
-        weight_dropout: Probability of dropping an element of the recurrent weights ``weight_hh``, in
-            training, drawn once per forward (Merity et al. 2018, "Regularizing and Optimizing LSTM
-            Language Models").
+        weight_dropout: Probability of dropping an element of the recurrent weights ``weight_hh``,
+            in training, drawn once per forward (Merity et al. 2018, "Regularizing and Optimizing
+            LSTM Language Models").
         backend: ``auto``, ``cpu``, ``torch`` (stock's own) or ``reference``; None leaves the choice
             to ``fastopt.use_backend`` and ``FASTOPT_BACKEND``.
 
@@ -75,6 +75,50 @@ class LSTM(torch.nn.LSTM):
         )
         self.weight_dropout = weight_dropout
         self._backend = backend
+        self._frozen: FrozenWeights | None = None
+
+    def freeze(self) -> LSTM:
+        """Packs the weights once for all calls to come; otherwise each call packs them.
+
+        For inference with many short calls. The promise that the weights stay as they are is
+        checked by identity, address and version counter; a write through ``.data`` goes unnoticed.
+        Copies are not frozen; loading, moving and casting end it.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            RuntimeError: In later calls, where a weight has changed.
+        """
+        self._update_flat_weights()
+        directions = 2 if self.bidirectional else 1
+        with torch.no_grad():
+            self._frozen = FrozenWeights(
+                self._flat_weights_names,
+                self._plain_weights(),
+                self.bias,
+                self.num_layers,
+                directions,
+            )
+        return self
+
+    def unfreeze(self) -> LSTM:
+        """Ends what ``freeze`` began."""
+        self._frozen = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy packs its own weights."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_frozen": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LSTM:
+        self._frozen = None
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self._frozen = None
+        super()._load_from_state_dict(*arguments, **keywords)
 
     def extra_repr(self) -> str:
         """Torch's, and what differs from its defaults."""
@@ -91,8 +135,7 @@ class LSTM(torch.nn.LSTM):
             if hx is None:
                 hx = self._zero_states(data, int(batch_sizes[0]))
             else:
-                hx = self.permute_hidden(hx, sorted_indices)
-            self.check_forward_args(data, hx, batch_sizes)
+                hx = self.permute_hidden(_two(hx), sorted_indices)
             output, final = self._run(data, batch_sizes, hx)
             packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed, self.permute_hidden(final, unsorted_indices)
@@ -102,6 +145,7 @@ class LSTM(torch.nn.LSTM):
         batched = input.dim() == 3
         if hx is not None:
             expected = 3 if batched else 2
+            _two(hx)
             if hx[0].dim() != expected or hx[1].dim() != expected:
                 kind = "batched 3-D" if batched else "unbatched 2-D"
                 raise RuntimeError(
@@ -133,26 +177,41 @@ class LSTM(torch.nn.LSTM):
     def _run(
         self, input: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        weights = self._weights()
+        packed = None
+        if self._frozen is not None and not (self.training and self.weight_dropout > 0):
+            packed = self._frozen.packed(weights)
         output, hidden, cell = lstm(
             input,
             batch_sizes,
             hx[0],
             hx[1],
-            self._weights(),
+            weights,
             has_biases=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,
+            packed=packed,
             backend=self._backend,
         )
         return output, (hidden, cell)
 
+    def _plain_weights(self) -> list[Tensor]:
+        return [weight for weight in self._flat_weights if weight is not None]
+
     def _weights(self) -> list[Tensor]:
         """All weights, the recurrent ones with elements dropped."""
-        weights: list[Tensor] = list(self._flat_weights)
+        weights = self._plain_weights()
         if self.training and self.weight_dropout > 0:
             for place, name in enumerate(self._flat_weights_names):
                 if name.startswith("weight_hh"):
                     weights[place] = torch.dropout(weights[place], self.weight_dropout, True)
         return weights
+
+
+def _two(hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Refuses other numbers of states as torch's operator does."""
+    if isinstance(hx, tuple | list) and len(hx) > 2:
+        raise RuntimeError("lstm expects two hidden states")
+    return hx

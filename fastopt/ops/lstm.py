@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 
 from fastopt.backends import cpu_lstm, registry
 from fastopt.backends.contract import LstmRequest
@@ -15,11 +15,12 @@ from fastopt.backends.reference import reference_lstm
 LIBRARY = torch.library.Library("fastopt", "FRAGMENT")
 
 # Input [steps, batch, input_size], or with batch_sizes [tokens, input_size]; initial states
-# [directions, batch, ...]; weights as in LstmRequest, of one layer. With `save`, the last two results
-# are what the backward needs, otherwise they are empty.
+# [directions, batch, ...]; weights as in LstmRequest, of one layer, and the same packed, or None.
+# With `save`, the last two results are what the backward needs, otherwise they are empty.
 LIBRARY.define(
     "lstm_layer(Tensor input, Tensor? batch_sizes, Tensor initial_hidden, Tensor initial_cell, "
-    "Tensor[] weights, bool has_biases, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor[] weights, bool has_biases, Tensor? packed, bool save) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 # Gradients with respect to those of input, initial states and weights that are wanted.
 LIBRARY.define(
@@ -64,7 +65,7 @@ def _layer_backward_on_cpu(
     )
 
 
-@torch.library.register_fake("fastopt::lstm_layer", lib=LIBRARY)
+@torch.library.register_fake("fastopt::lstm_layer", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_layer(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -72,13 +73,16 @@ def _fake_layer(
     initial_cell: Tensor,
     weights: Sequence[Tensor],
     has_biases: bool,
+    packed: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, ...]:
     shapes = cpu_lstm.result_shapes(input, initial_hidden, initial_cell, save)
     return tuple([input.new_empty(shape, dtype=dtype) for shape, dtype in shapes])
 
 
-@torch.library.register_fake("fastopt::lstm_layer_backward", lib=LIBRARY)
+@torch.library.register_fake(  # type: ignore[untyped-decorator]
+    "fastopt::lstm_layer_backward", lib=LIBRARY
+)
 def _fake_layer_backward(*arguments: Any) -> list[Tensor]:
     _, _, _, input, _, initial_hidden, initial_cell, weights, *_, wanted = arguments
     everything = [input, initial_hidden, initial_cell, *weights]
@@ -90,7 +94,7 @@ def _fake_layer_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, _ = inputs
+    input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[3], output[4])
     ctx.has_biases = has_biases
@@ -105,7 +109,7 @@ def _layer_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     wanted_weights = list(ctx.needs_input_grad[4]) if weights else []
     wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4], *wanted_weights]
     if all(gradient is None for gradient in from_outside) or not any(wanted):
-        return None, None, None, None, [None] * len(weights), None, None
+        return None, None, None, None, [None] * len(weights), None, None, None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         grads = _differentiable_gradients(
             from_outside, input, batch_sizes, h0, c0, weights, ctx.has_biases, wanted
@@ -117,7 +121,7 @@ def _layer_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         )  # fmt: skip
     found = iter(grads)
     placed = [next(found) if want else None for want in wanted]
-    return placed[0], None, placed[1], placed[2], placed[3:], None, None
+    return placed[0], None, placed[1], placed[2], placed[3:], None, None, None
 
 
 torch.library.register_autograd(
@@ -190,9 +194,12 @@ def lstm(
     dropout: float,
     training: bool,
     bidirectional: bool,
+    packed: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers; the arguments are those of torch's operator, input with the steps first.
+
+    ``packed`` has, for each layer, what ``cpu_lstm.pack`` has made of these very weights.
 
     Returns:
         Output, final hidden and final cell states.
@@ -209,7 +216,7 @@ def lstm(
         chosen = "torch" if backend == "torch" or cpu_lstm.refuse_lstm(request) else "cpu"
     else:
         chosen = registry.choose(request, registry.requested(backend)).name
-    options = {
+    options: dict[str, Any] = {
         "has_biases": has_biases,
         "num_layers": num_layers,
         "dropout": dropout,
@@ -218,7 +225,12 @@ def lstm(
     }
     if chosen == "torch":
         return stock_lstm(input, batch_sizes, initial_hidden, initial_cell, weights, **options)
-    layer_of = reference_lstm if chosen == "reference" else _registered_layer
+    if (cast := cpu_lstm.autocast_dtype(request)) is not None:
+        input, initial_hidden, initial_cell = (
+            tensor.to(cast) for tensor in (input, initial_hidden, initial_cell)
+        )
+        weights = [weight.to(cast) for weight in weights]
+        packed = None
     directions = 2 if bidirectional else 1
     per_layer = len(weights) // num_layers
     final_hidden, final_cell = [], []
@@ -226,14 +238,12 @@ def lstm(
         if number > 0 and dropout > 0 and training:
             input = torch.dropout(input, dropout, True)
         states = slice(number * directions, (number + 1) * directions)
-        input, hidden, cell = layer_of(
-            input,
-            batch_sizes,
-            initial_hidden[states],
-            initial_cell[states],
-            list(weights[number * per_layer : (number + 1) * per_layer]),
-            has_biases,
-        )
+        own = list(weights[number * per_layer : (number + 1) * per_layer])
+        layer = (input, batch_sizes, initial_hidden[states], initial_cell[states], own, has_biases)
+        if chosen == "reference":
+            input, hidden, cell = reference_lstm(*layer)
+        else:
+            input, hidden, cell = _registered_layer(*layer, packed[number] if packed else None)
         final_hidden.append(hidden)
         final_cell.append(cell)
     if num_layers == 1:
@@ -248,10 +258,42 @@ def _registered_layer(
     initial_cell: Tensor,
     weights: list[Tensor],
     has_biases: bool,
+    packed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     everything = [input, initial_hidden, initial_cell, *weights]
     save = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in everything])
     output, hidden, cell, _, _ = torch.ops.fastopt.lstm_layer(
-        input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, save
+        input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, packed, save
     )
     return output, hidden, cell
+
+
+class FrozenWeights:
+    """Weights packed once for many calls, and how to tell that they have changed since."""
+
+    def __init__(
+        self, names: Sequence[str], weights: Sequence[Tensor], has_biases: bool, num_layers: int,
+        directions: int,
+    ) -> None:  # fmt: skip
+        per_layer = len(weights) // num_layers
+        layers = [weights[first : first + per_layer] for first in range(0, len(weights), per_layer)]
+        self._names = list(names)
+        self._marks = [self._mark(weight) for weight in weights]
+        self._packed = [cpu_lstm.pack(layer, has_biases, directions) for layer in layers]
+
+    @staticmethod
+    def _mark(weight: Tensor) -> tuple[int, int, int]:
+        return id(weight), weight.data_ptr(), weight._version
+
+    def packed(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What was packed.
+
+        Raises:
+            RuntimeError: A weight is another tensor, lies elsewhere or has been written.
+        """
+        for name, weight, mark in zip(self._names, weights, self._marks, strict=True):
+            if self._mark(weight) != mark:
+                raise RuntimeError(
+                    f"{name} has changed since freeze(): call freeze() again, or unfreeze()"
+                )
+        return self._packed

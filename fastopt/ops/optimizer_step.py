@@ -294,9 +294,7 @@ class StepPlan:
             param = groups[group]["params"][place]
             if not self._falls_back:
                 name = registry.requested(optimizer._backend)
-                raise RuntimeError(
-                    f"backend {name!r} cannot {step_of(param)}: {reason}"
-                )
+                raise RuntimeError(f"backend {name!r} cannot {step_of(param)}: {reason}")
             registry.log_fall_through(reason, "torch", step_of(param))
             marks[group][place] = True
             if id(param) in self._created:  # torch makes the state of a first step itself

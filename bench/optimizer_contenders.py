@@ -1,4 +1,4 @@
-"""Everyone who takes part in a case: ours, stock in all its forms, and peers where installed."""
+"""Everyone who takes part in an optimizer's case: ours, stock in all its forms, and peers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastopt
-from bench.cases import MAX_GRAD_NORM, OptimizerCase
-from bench.timing import Contender
+from bench.optimizer_cases import LARGE, MAX_GRAD_NORM, OptimizerCase
+from bench.timing import OURS, Contender, on_one_thread
 
 Step = Callable[[], object]
 
-OURS = "fastopt"
 # "The best of stock" is sought among these.
 STOCK = ("torch default", "torch foreach", "torch fused", "torch fused, 1 thread", "torch compiled")
+PEERS = ("DeepSpeed CPUAdam",)
+BANDWIDTH_PROBE = "add_ of 16.8M"
 
 
 def make_parameters(case: OptimizerCase) -> list[torch.nn.Parameter]:
@@ -35,9 +36,23 @@ def make_parameters(case: OptimizerCase) -> list[torch.nn.Parameter]:
 
 
 def optimizer_contenders(case: OptimizerCase) -> dict[str, Contender]:
-    """A step for everyone, state made and warm."""
-    if not case.optimizer:
-        return _clipping_contenders(case)
+    """A step for everyone, state made and warm; ``add_`` in the same rounds measures bandwidth."""
+    contenders = _stepping_contenders(case) if case.optimizer else _clipping_contenders(case)
+    if case.limit_bar and case.device == "cpu":
+        left, right = torch.ones(LARGE), torch.ones(LARGE)
+        contenders[BANDWIDTH_PROBE] = Contender(lambda: left.add_(right))
+    return contenders
+
+
+def bandwidth_fraction(case: OptimizerCase, timings: dict[str, Any]) -> float | None:
+    """What a step moves in a second, as a fraction of what ``add_`` moves; none unless timed."""
+    if BANDWIDTH_PROBE not in timings:
+        return None
+    ours = case.elements * case.bytes_per_element / timings[OURS]["median"]
+    return float(ours / (12 * LARGE / timings[BANDWIDTH_PROBE]["median"]))
+
+
+def _stepping_contenders(case: OptimizerCase) -> dict[str, Contender]:
     ours = getattr(fastopt.optim, case.optimizer)
     params = make_parameters(case)
     optimizer = ours(params, **case.options, **case.tail, backend=case.backend)
@@ -56,7 +71,7 @@ def optimizer_contenders(case: OptimizerCase) -> dict[str, Contender]:
             continue  # silently wrong there
         contenders[name] = _stock(case, stock, flags)
     if case.device == "cpu" and case.threads > 1 and not case.transposed:
-        contenders["torch fused, 1 thread"] = _on_one_thread(
+        contenders["torch fused, 1 thread"] = on_one_thread(
             _stock(case, stock, {"fused": True}), case.threads
         )
     if case.compiled:
@@ -110,15 +125,6 @@ def _clipping_contenders(case: OptimizerCase) -> dict[str, Contender]:
     }
 
 
-def _on_one_thread(contender: Contender, threads: int) -> Contender:
-    def run() -> None:
-        torch.set_num_threads(1)
-        contender.call()
-        torch.set_num_threads(threads)
-
-    return Contender(run, contender.prepare)
-
-
 def _compiled(stock: Any, case: OptimizerCase) -> Step:
     optimizer = stock(make_parameters(case), **case.options, foreach=True)
     # A learning rate that changes would compile anew; stock's advice is a tensor.
@@ -146,14 +152,19 @@ def _deepspeed(case: OptimizerCase) -> Step | None:
 PARITY = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
+def clipped(case: OptimizerCase) -> OptimizerCase:
+    """The case with fewer and smaller tensors."""
+    shapes = tuple(tuple(min(size, 64) for size in shape) for shape in case.shapes[:8])
+    return dataclasses.replace(case, shapes=shapes)
+
+
 def check_parity(case: OptimizerCase) -> None:
     """Refuses to time a step that gives other numbers than the reference in double precision.
 
     Raises:
         AssertionError: The parameters differ after three steps.
     """
-    clipped = tuple(tuple(min(size, 64) for size in shape) for shape in case.shapes[:8])
-    small = dataclasses.replace(case, shapes=clipped)
+    small = clipped(case)
     ours, truth = make_parameters(small), make_parameters(small)
     tolerance = PARITY[case.dtype]
     if not case.optimizer:

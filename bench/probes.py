@@ -1,0 +1,63 @@
+"""What the machine can do, and what a step takes of it besides time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.timing import OURS, Contender
+from fastopt import _native_cpu
+
+ROOT = Path(__file__).parent.parent
+
+# A growth below this is not told from what allocators and libraries take for themselves.
+LEAST_GROWTH = 4 * 1024 * 1024
+
+
+def fma_peak(dtype: torch.dtype, threads: int) -> float:
+    """Operations per second of fused multiply-adds on registers, two for each.
+
+    bf16 is held to fp32's: it is stored in 16 bits and computed in fp32.
+    """
+    single = max(_native_cpu.fma_peak(threads) for _ in range(5))
+    return single / 2 if dtype is torch.float64 else single
+
+
+def memory_ratio(case_name: str) -> float | None:
+    """Our growth of resident memory in one call over stock's; none where that is too small.
+
+    Each is measured in a fresh process: memory that was freed is not always given back.
+    """
+    ours, stock = (_growth_in_process(case_name, name) for name in (OURS, "torch default"))
+    return ours / stock if stock >= LEAST_GROWTH else None
+
+
+def _growth_in_process(case_name: str, contender: str) -> int:
+    command = [sys.executable, "-m", "bench", "--case", case_name, "--memory", contender]
+    result = subprocess.run(command, cwd=ROOT, check=True, timeout=600, stdout=subprocess.PIPE)
+    return int(result.stdout)
+
+
+def memory_growth(small: Contender, contender: Contender) -> int:
+    """Bytes that a call adds to the resident memory at its highest.
+
+    ``small`` is called first: it loads libraries and starts threads. ``ru_maxrss`` would not do: a
+    process inherits it from its parent.
+    """
+    small.call()
+    contender.prepare()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is the present again
+    before = _resident("VmRSS")
+    contender.call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == field:
+            return int(value.split()[0]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
