@@ -198,25 +198,52 @@ void pack_rows(const RowOf& row_of, int64_t depth, int64_t columns, int64_t begi
   }
 }
 
+// A square of vectors, transposed: log2 of the width rounds in which halves are interleaved.
+template <class T>
+HOST_DEVICE void transpose(Vec<T>* rows) {
+  constexpr int kWidth = Vec<T>::kWidth;
+  typename Vec<T>::Mask low, high;
+  for (int i = 0; i < kWidth; ++i) {
+    low[i] = i / 2 + (i % 2) * kWidth;
+    high[i] = low[i] + kWidth / 2;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < kWidth; round *= 2) {
+    Vec<T> next[kWidth];
+#pragma GCC unroll 8
+    for (int i = 0; i < kWidth / 2; ++i) {
+      next[2 * i].value = __builtin_shuffle(rows[i].value, rows[i + kWidth / 2].value, low);
+      next[2 * i + 1].value = __builtin_shuffle(rows[i].value, rows[i + kWidth / 2].value, high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) rows[i] = next[i];
+  }
+}
+
 // Packs columns [begin, end) of B [depth, columns], begin at a panel's edge, where B's column n is
 // contiguous and begins at column_of(n).
 template <class T, class ColumnOf>
 void pack_columns(const ColumnOf& column_of, int64_t depth, int64_t columns, int64_t begin,
                   int64_t end, T* panels) {
-  constexpr int kPanel = Tiling<T>::kPanel;
-  constexpr int64_t kBlock = 16;  // of the depth: what is written meanwhile stays in the L1 cache
+  constexpr int kPanel = Tiling<T>::kPanel, kWidth = Vec<T>::kWidth;
   for (int64_t column = begin; column < end; column += kPanel) {
     const int64_t left = columns - column;
-    const int64_t width = left > Tiling<T>::kWidth ? kPanel : Tiling<T>::kWidth;
-    T* panel = panels + depth * column;
-    for (int64_t first = 0; first < depth; first += kBlock) {
-      const int64_t last = first + kBlock < depth ? first + kBlock : depth;
-      for (int64_t i = 0; i < width; ++i) {
-        if (i < left) {
-          const auto* source = column_of(column + i);
-          for (int64_t k = first; k < last; ++k) panel[k * width + i] = load(source + k);
-        } else {
-          for (int64_t k = first; k < last; ++k) panel[k * width + i] = 0;
+    const int64_t width = left > kWidth ? kPanel : kWidth;
+    for (int64_t half = 0; half < width; half += kWidth) {
+      T* target = panels + depth * column + half;
+      const int64_t there = left - half < kWidth ? left - half : kWidth;
+      int64_t k = 0;
+      for (; k + kWidth <= depth; k += kWidth) {
+        Vec<T> square[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+          square[i] = i < there ? load_as<Vec<T>>(column_of(column + half + i) + k) : Vec<T>{};
+        }
+        transpose(square);
+        for (int i = 0; i < kWidth; ++i) store(target + (k + i) * width, square[i]);
+      }
+      for (; k < depth; ++k) {
+        for (int64_t i = 0; i < kWidth; ++i) {
+          target[k * width + i] = i < there ? load(column_of(column + half + i) + k) : T(0);
         }
       }
     }
