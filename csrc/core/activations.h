@@ -8,9 +8,9 @@
 
 FASTOPT_BEGIN_NAMESPACE
 
-// exp, sigmoid and tanh without branches, for scalars here and for vectors of the CPU in cpu/simd.h.
-// Against the exact values they are within 4 units in the last place; e^x below 2^-125 (2^-1021) is
-// taken for zero. NaN stays NaN.
+// exp, sigmoid and tanh without branches, for scalars here and for vectors of the CPU in
+// cpu/simd.h. Against the exact values they are within 4 units in the last place; e^x below 2^-125
+// (2^-1021) is taken for zero. NaN stays NaN.
 
 // What e^x is made of: x = n * ln 2 + r with |r| <= ln(2) / 2.
 template <class T>
@@ -23,9 +23,9 @@ struct ExponentialConstants<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr float kLn2High = 0.693145751953125f;  // 15 bits: n * high is exact
   static constexpr float kLn2Low = 1.42860682030941723212e-6f;
-  static constexpr float kHighest = 89.0f;    // e^x overflows from 88.73
+  static constexpr float kHighest = 89.0f;  // e^x overflows from 88.73
   static constexpr float kLowest = -86.9f;  // below, e^x / 2 is not a normal number
-  static constexpr int kTerms = 6;            // of the series of (e^r - 1 - r) / r^2
+  static constexpr int kTerms = 6;          // of the series of (e^r - 1 - r) / r^2
 };
 
 template <>
@@ -64,7 +64,9 @@ HOST_DEVICE double power_of_two(double shifted) {
   memcpy(&result, &bits, sizeof result);
   return result;
 }
-HOST_DEVICE float with_sign_of(float magnitude, float sign) { return std::copysign(magnitude, sign); }
+HOST_DEVICE float with_sign_of(float magnitude, float sign) {
+  return std::copysign(magnitude, sign);
+}
 HOST_DEVICE double with_sign_of(double magnitude, double sign) {
   return std::copysign(magnitude, sign);
 }

@@ -5,8 +5,8 @@
 FASTOPT_BEGIN_NAMESPACE
 
 // The backward pass of one direction; T is the type of the arithmetic. Steps run in the opposite
-// order of the forward pass. The gradients of the gates of a chunk are kept just long enough for the
-// products with them.
+// order of the forward pass. The gradients of the gates of a chunk are kept just long enough for
+// the products with them.
 template <class T, class Storage>
 class LstmBackwardPass {
  public:
@@ -116,7 +116,8 @@ class LstmBackwardPass {
     const Range rows = team.share(layer_.batch);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t place = direction_ * layer_.batch + row;
-      start_row(call_.final_hidden_gradient, place, outputs_, hidden_gradient_ + row * output_stride_);
+      start_row(call_.final_hidden_gradient, place, outputs_,
+                hidden_gradient_ + row * output_stride_);
       start_row(call_.final_cell_gradient, place, hidden_, cell_gradient_ + row * cell_stride_);
     }
   }
@@ -179,8 +180,7 @@ class LstmBackwardPass {
     }
   }
 
-  void step_cells(int64_t t, int64_t row, int64_t chunk_row, const T* hidden_gradient,
-                  Range part) {
+  void step_cells(int64_t t, int64_t row, int64_t chunk_row, const T* hidden_gradient, Range part) {
     const int64_t token = walk_.first_token[t] + row, units = walk_.units;
     const int64_t place = direction_ * layer_.tokens + token;
     const Storage* gates =

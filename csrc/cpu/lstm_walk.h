@@ -53,10 +53,10 @@ struct LstmWalk {
   static constexpr int64_t kSkew = 16;  // rows a power of two apart would share cache sets
 
   const LstmLayer& layer;
-  int64_t units;       // hidden_size, padded to vectors
-  int64_t gates;       // 4 * units: columns of a row of gates
+  int64_t units;  // hidden_size, padded to vectors
+  int64_t gates;  // 4 * units: columns of a row of gates
   int64_t gate_stride;
-  int64_t chunk_rows;  // the most in any chunk
+  int64_t chunk_rows;                // the most in any chunk
   std::vector<int64_t> first_token;  // [steps + 1]
   std::vector<int64_t> chunks;       // first steps, and the end
 
@@ -95,12 +95,12 @@ struct LstmWalk {
 // Columns [begin, end) of every gate of W [G, depth], transposed and packed: the panels of gate g
 // begin at depth * g * units.
 template <class T, class Storage>
-void pack_gate_columns(const void* weights, int64_t depth, int64_t hidden, int64_t units, Range part,
-                       T* panels) {
+void pack_gate_columns(const void* weights, int64_t depth, int64_t hidden, int64_t units,
+                       Range part, T* panels) {
   for (int gate = 0; gate < 4; ++gate) {
     const Storage* rows = static_cast<const Storage*>(weights) + gate * hidden * depth;
-    pack_columns<T>([=](int64_t n) { return rows + n * depth; }, depth, hidden, part.begin, part.end,
-                    panels + depth * gate * units);
+    pack_columns<T>([=](int64_t n) { return rows + n * depth; }, depth, hidden, part.begin,
+                    part.end, panels + depth * gate * units);
   }
 }
 

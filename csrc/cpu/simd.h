@@ -261,8 +261,8 @@ HOST_DEVICE void for_each_lanes(int64_t n, const Body& body) {
   for (; i < n; ++i) body(i, T());
 }
 
-// While it lives, this thread takes subnormal numbers for zeros: arithmetic on one costs hundreds of
-// cycles, and a state that fades away runs through them.
+// While it lives, this thread takes subnormal numbers for zeros: arithmetic on one costs hundreds
+// of cycles, and a state that fades away runs through them.
 class SubnormalsFlushed {
  public:
 #if defined(__SSE2__)
