@@ -46,6 +46,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 PER_ISA_SOURCES = ["csrc/cpu/optimizer_step.cpp", "csrc/cpu/grad_norm.cpp", "csrc/cpu/lstm.cpp"]
 CPU_SOURCES = [
     "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/lstm_schedule.cpp",
     "csrc/cpu/threads.cpp",
     "csrc/bindings/gradient_list.cpp",
     "csrc/bindings/optimizer_plan.cpp",

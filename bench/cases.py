@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
@@ -46,7 +47,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class ComputeCase(Case):
+class ComputeCase(Case, abc.ABC):
     """A row whose limit is arithmetic.
 
     Attributes:
@@ -59,9 +60,9 @@ class ComputeCase(Case):
     dtype: torch.dtype = torch.float32
 
     @property
+    @abc.abstractmethod
     def forward_flops(self) -> int:
         """Useful work of a forward pass."""
-        raise NotImplementedError
 
     @property
     def flops(self) -> int:

@@ -1,4 +1,4 @@
-"""fastopt: drop-in optimizers for PyTorch that run kernels of their own."""
+"""fastopt: drop-in optimizers and layers for PyTorch that run kernels of their own."""
 
 from importlib.metadata import PackageNotFoundError, version
 

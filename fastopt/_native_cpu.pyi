@@ -10,25 +10,27 @@ update_rules: dict[str, tuple[int, int]]
 
 def initialise(torch: ModuleType) -> str: ...
 def may_overlap_itself(sizes: list[int], strides: list[int]) -> bool: ...
+
+class LstmTensors:
+    def __init__(
+        self,
+        input: Tensor,
+        batch_sizes: Sequence[int] | None,
+        initial_hidden: Tensor,
+        initial_cell: Tensor,
+        weights: Sequence[Tensor | None],
+    ) -> None: ...
+
 def lstm_forward(
-    sizes: Sequence[int],
-    batch_sizes: Sequence[int],
-    layer: tuple[Tensor | None, ...],
-    packed: Tensor | None,
-    results: tuple[Tensor | None, ...],
-    threads: int,
+    layer: LstmTensors, packed: Tensor | None, results: Sequence[Tensor | None], threads: int
 ) -> None: ...
-def lstm_packed_bytes(sizes: Sequence[int], layer: tuple[Tensor | None, ...]) -> int: ...
-def lstm_pack(
-    sizes: Sequence[int], layer: tuple[Tensor | None, ...], packed: Tensor, threads: int
-) -> None: ...
+def lstm_packed_bytes(layer: LstmTensors) -> int: ...
+def lstm_pack(layer: LstmTensors, packed: Tensor, threads: int) -> None: ...
 def lstm_backward(
-    sizes: Sequence[int],
-    batch_sizes: Sequence[int],
-    layer: tuple[Tensor | None, ...],
-    saved: tuple[Tensor, ...],
-    gradients: tuple[Tensor | None, ...],
-    results: tuple[Tensor | None, ...],
+    layer: LstmTensors,
+    saved: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
     threads: int,
 ) -> None: ...
 def activate(function: str, input: Tensor, output: Tensor) -> None: ...

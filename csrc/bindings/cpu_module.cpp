@@ -43,13 +43,21 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("may_overlap_itself", &may_overlap_itself, py::arg("sizes"), py::arg("strides"),
         "False only where no two indices mean the same address.");
 
-  m.def("lstm_forward", &lstm_forward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("layer"),
-        py::arg("packed"), py::arg("results"), py::arg("threads"));
-  m.def("lstm_packed_bytes", &lstm_packed_bytes, py::arg("sizes"), py::arg("layer"));
-  m.def("lstm_pack", &lstm_pack, py::arg("sizes"), py::arg("layer"), py::arg("packed"),
+  py::class_<LstmTensors>(m, "LstmTensors", py::module_local())
+      .def(py::init([](py::object input, std::optional<std::vector<int64_t>> batch_sizes,
+                       py::object initial_hidden, py::object initial_cell,
+                       std::vector<py::object> weights) {
+             return LstmTensors{std::move(input), std::move(batch_sizes), std::move(initial_hidden),
+                                std::move(initial_cell), std::move(weights)};
+           }),
+           py::arg("input"), py::arg("batch_sizes"), py::arg("initial_hidden"),
+           py::arg("initial_cell"), py::arg("weights"));
+  m.def("lstm_forward", &lstm_forward, py::arg("layer"), py::arg("packed"), py::arg("results"),
         py::arg("threads"));
-  m.def("lstm_backward", &lstm_backward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("layer"),
-        py::arg("saved"), py::arg("gradients"), py::arg("results"), py::arg("threads"));
+  m.def("lstm_packed_bytes", &lstm_packed_bytes, py::arg("layer"));
+  m.def("lstm_pack", &lstm_pack, py::arg("layer"), py::arg("packed"), py::arg("threads"));
+  m.def("lstm_backward", &lstm_backward, py::arg("layer"), py::arg("saved"), py::arg("gradients"),
+        py::arg("results"), py::arg("threads"));
   m.def("activate", &activate, py::arg("function"), py::arg("input"), py::arg("output"));
   m.def(
       "fma_peak", [](int threads) { return chosen_instruction_set().lstm->fma_rate(threads); },

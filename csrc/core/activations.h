@@ -18,9 +18,7 @@ struct ExponentialConstants;
 
 template <>
 struct ExponentialConstants<float> {
-  using Bits = int32_t;
   static constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr int kMantissaBits = 23;
   static constexpr float kLn2High = 0.693145751953125f;  // 15 bits: n * high is exact
   static constexpr float kLn2Low = 1.42860682030941723212e-6f;
   static constexpr float kHighest = 89.0f;  // e^x overflows from 88.73
@@ -30,9 +28,7 @@ struct ExponentialConstants<float> {
 
 template <>
 struct ExponentialConstants<double> {
-  using Bits = int64_t;
   static constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr int kMantissaBits = 52;
   static constexpr double kLn2High = 6.93147180369123816490e-1;
   static constexpr double kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kHighest = 710.0;

@@ -1,6 +1,7 @@
 #include "cpu/lstm.h"
 
 #include <chrono>
+#include <vector>
 
 #include "cpu/lstm_backward.h"
 #include "cpu/lstm_forward.h"
@@ -88,7 +89,7 @@ double fma_rate(int threads) {
   constexpr int kRows = Tiling<float>::kTileRows, kDepth = 64, kRepeats = 20000;
   struct Shared {
     Barrier barrier;
-    double seconds;
+    double rate;
   } shared{{}, 0};
   const auto run = [](void* context, int rank, int size) {
     Shared& mine = *static_cast<Shared*>(context);
@@ -103,10 +104,12 @@ double fma_rate(int threads) {
     }
     mine.barrier.wait(size);
     const auto end = std::chrono::steady_clock::now();
-    if (rank == 0) mine.seconds = std::chrono::duration<double>(end - start).count();
+    if (rank != 0) return;
+    mine.rate = 2.0 * kRows * Tiling<float>::kPanel * kDepth * kRepeats * size /
+                std::chrono::duration<double>(end - start).count();
   };
   parallel_team(threads, run, &shared);
-  return 2.0 * kRows * Tiling<float>::kPanel * kDepth * kRepeats * threads / shared.seconds;
+  return shared.rate;
 }
 
 }  // namespace

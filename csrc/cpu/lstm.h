@@ -17,13 +17,19 @@ struct LstmLayer {
   int threads;
   int directions;
   int64_t steps, batch, tokens;
-  const int64_t* batch_sizes;                    // [steps]
+  // Of an LstmSchedule: that is not for code of an instruction set, which shares no functions.
+  const int64_t* batch_sizes;  // [steps]
+  const int64_t* first_token;  // [steps + 1]
+  const int64_t* chunks;       // [chunk_count + 1]
+  int64_t chunk_count, chunk_rows;
   int64_t input_size, hidden_size, output_size;  // output_size is hidden_size without a projection
-  const void* input;                             // row b of step t begins at
-  int64_t input_step_stride, input_row_stride;   // t * step_stride + b * row_stride, contiguous;
-                                                 // step_stride 0: tokens follow each other
-  const void* initial_hidden;                    // [directions, batch, output_size]
-  const void* initial_cell;                      // [directions, batch, hidden_size]
+  // Row b of step t, or of a packed input token n, is contiguous and begins at
+  // t * input_step_stride + b * input_row_stride, or at n * input_row_stride.
+  const void* input;
+  bool packed_input;
+  int64_t input_step_stride, input_row_stride;
+  const void* initial_hidden;  // [directions, batch, output_size]
+  const void* initial_cell;    // [directions, batch, hidden_size]
   struct Weights {
     const void* input;       // [G, input_size]
     const void* hidden;      // [G, output_size]
@@ -60,7 +66,8 @@ struct LstmBackward {
   struct Weights {
     void* input;
     void* hidden;
-    void* bias;  // [G]: of either bias
+    void* input_bias;
+    void* hidden_bias;
     void* projection;
   } weights[kMaxDirections];
 };
@@ -75,7 +82,8 @@ struct LstmKernels {
   // f(x) for `count` values, as the kernels compute it: exp, sigmoid or tanh.
   void (*activate_float)(char function, const float* x, float* y, int64_t count);
   void (*activate_double)(char function, const double* x, double* y, int64_t count);
-  // Multiplications and additions per second of one thread with all its data in registers, in fp32.
+  // Multiplications and additions per second of all threads together, in fp32, with what they need
+  // in registers and the L1 cache.
   double (*fma_rate)(int threads);
 };
 

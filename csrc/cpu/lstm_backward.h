@@ -27,23 +27,23 @@ class LstmBackwardPass {
     cell_stride_ = walk_.units + kSkew;
     space.reserve(&no_weights_, inputs_ > outputs_ ? inputs_ : outputs_);
     space.reserve(&hidden_panels_, walk_.gates * output_stride_);
-    space.reserve(&gates_, walk_.chunk_rows * walk_.gate_stride);
+    space.reserve(&gates_, layer_.chunk_rows * walk_.gate_stride);
     space.reserve(&hidden_gradient_, layer_.batch * output_stride_);
     space.reserve(&cell_gradient_, layer_.batch * cell_stride_);
     if (call_.input_gradient) {
       space.reserve(&weight_panels_, walk_.gates * input_stride_);
-      space.reserve(&input_gradients_, walk_.chunk_rows * input_stride_);
+      space.reserve(&input_gradients_, layer_.chunk_rows * input_stride_);
     }
-    space.reserve(&scratch_, walk_.chunk_rows * (walk_.gates + output_stride_));
-    space.reserve(&panels_, walk_.chunk_rows * (input_stride_ + output_stride_ + cell_stride_));
+    space.reserve(&scratch_, layer_.chunk_rows * (walk_.gates + output_stride_));
+    space.reserve(&panels_, layer_.chunk_rows * (input_stride_ + output_stride_ + cell_stride_));
     if (wanted_.input) space.reserve(&input_sums_, walk_.gates * input_stride_);
     if (wanted_.hidden) space.reserve(&hidden_sums_, walk_.gates * output_stride_);
-    if (wanted_.bias) space.reserve(&bias_sums_, walk_.gates);
+    if (wants_bias()) space.reserve(&bias_sums_, walk_.gates);
     if (projected()) {
       space.reserve(&projection_panels_, outputs_ * cell_stride_);
-      space.reserve(&output_gradients_, walk_.chunk_rows * output_stride_);
+      space.reserve(&output_gradients_, layer_.chunk_rows * output_stride_);
       space.reserve(&unprojected_gradients_, layer_.batch * cell_stride_);
-      space.reserve(&unprojected_, walk_.chunk_rows * cell_stride_);
+      space.reserve(&unprojected_, layer_.chunk_rows * cell_stride_);
       space.reserve(&projection_sums_, outputs_ * cell_stride_);
     }
   }
@@ -51,12 +51,12 @@ class LstmBackwardPass {
   void run(Team team) {
     prepare(team);
     team.wait();
-    const int64_t chunk_count = static_cast<int64_t>(walk_.chunks.size()) - 1;
+    const int64_t chunk_count = layer_.chunk_count;
     for (int64_t i = 0; i < chunk_count; ++i) {
       const int64_t chunk = direction_ == 0 ? chunk_count - 1 - i : i;
-      const int64_t begin = walk_.chunks[chunk], end = walk_.chunks[chunk + 1];
+      const int64_t begin = layer_.chunks[chunk], end = layer_.chunks[chunk + 1];
       for (int64_t s = 0; s < end - begin; ++s) {
-        step(team, direction_ == 0 ? end - 1 - s : begin + s, walk_.first_token[begin]);
+        step(team, direction_ == 0 ? end - 1 - s : begin + s, layer_.first_token[begin]);
       }
       pack_chunk(team, begin, end);
       team.wait();
@@ -72,6 +72,7 @@ class LstmBackwardPass {
 
  private:
   bool projected() const { return layer_.weights[direction_].projection != nullptr; }
+  bool wants_bias() const { return wanted_.input_bias || wanted_.hidden_bias; }
 
   const Storage* gate_row(const void* weights, int64_t k, int64_t depth) const {
     const int64_t gate = k / walk_.units, unit = k % walk_.units;
@@ -91,7 +92,7 @@ class LstmBackwardPass {
       }
     }
     if (walk_.units != hidden_) {
-      zero(gates_, walk_.chunk_rows * walk_.gate_stride, team);
+      zero(gates_, layer_.chunk_rows * walk_.gate_stride, team);
       team.wait();
     }
     const LstmLayer::Weights& weights = layer_.weights[direction_];
@@ -112,7 +113,7 @@ class LstmBackwardPass {
     }
     if (wanted_.input) zero(input_sums_, walk_.gates * input_stride_, team);
     if (wanted_.hidden) zero(hidden_sums_, walk_.gates * output_stride_, team);
-    if (wanted_.bias) zero(bias_sums_, walk_.gates, team);
+    if (wants_bias()) zero(bias_sums_, walk_.gates, team);
     const Range rows = team.share(layer_.batch);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t place = direction_ * layer_.batch + row;
@@ -138,7 +139,7 @@ class LstmBackwardPass {
 
   void step(Team team, int64_t t, int64_t first_of_chunk) {
     constexpr int64_t kPanel = Tiling<T>::kPanel;
-    const int64_t active = layer_.batch_sizes[t], first = walk_.first_token[t];
+    const int64_t active = layer_.batch_sizes[t], first = layer_.first_token[t];
     const bool by_rows = walk_.shares_rows(team.size);
     const int64_t spacing = by_rows ? team.size : 1, start = by_rows ? team.rank : 0;
     const int64_t rows = active > start ? (active - start + spacing - 1) / spacing : 0;
@@ -181,7 +182,7 @@ class LstmBackwardPass {
   }
 
   void step_cells(int64_t t, int64_t row, int64_t chunk_row, const T* hidden_gradient, Range part) {
-    const int64_t token = walk_.first_token[t] + row, units = walk_.units;
+    const int64_t token = layer_.first_token[t] + row, units = walk_.units;
     const int64_t place = direction_ * layer_.tokens + token;
     const Storage* gates =
         static_cast<const Storage*>(call_.saved_gates) + place * 4 * hidden_ + part.begin;
@@ -220,60 +221,68 @@ class LstmBackwardPass {
 
   // The token that the recurrence came from; -1 for the initial state.
   int64_t earlier_token(int64_t t, int64_t row) const {
-    if (direction_ == 0) return t == 0 ? -1 : walk_.first_token[t - 1] + row;
+    if (direction_ == 0) return t == 0 ? -1 : layer_.first_token[t - 1] + row;
     const bool is_last = t + 1 == layer_.steps || layer_.batch_sizes[t + 1] <= row;
-    return is_last ? -1 : walk_.first_token[t + 1] + row;
+    return is_last ? -1 : layer_.first_token[t + 1] + row;
+  }
+
+  const Storage* earlier_output(int64_t t, int64_t row) const {
+    const int64_t token = earlier_token(t, row);
+    if (token < 0) {
+      return static_cast<const Storage*>(layer_.initial_hidden) +
+             (direction_ * layer_.batch + row) * outputs_;
+    }
+    return static_cast<const Storage*>(call_.output) +
+           (token * layer_.directions + direction_) * outputs_;
   }
 
   // What the gradients of the weights are products with: inputs and earlier outputs of a chunk.
   void pack_chunk(Team team, int64_t begin, int64_t end) {
-    const int64_t first = walk_.first_token[begin], depth = walk_.first_token[end] - first;
-    std::vector<const Storage*> inputs(depth), earlier(depth);
-    for (int64_t t = begin, k = 0; t < end; ++t) {
-      for (int64_t row = 0; row < layer_.batch_sizes[t]; ++row, ++k) {
-        inputs[k] = walk_.template input_row<Storage>(t, row);
-        const int64_t token = earlier_token(t, row);
-        earlier[k] = token < 0 ? static_cast<const Storage*>(layer_.initial_hidden) +
-                                     (direction_ * layer_.batch + row) * outputs_
-                               : static_cast<const Storage*>(call_.output) +
-                                     (token * layer_.directions + direction_) * outputs_;
-      }
-    }
+    const int64_t first = layer_.first_token[begin], depth = layer_.first_token[end] - first;
+    TokenCursor at{layer_, begin, 0};
     if (wanted_.input) {
       const Range part = team.share(inputs_, Tiling<T>::kPanel);
-      pack_rows<T>([&](int64_t k) { return inputs[k]; }, depth, inputs_, part.begin, part.end,
-                   panels_);
+      const auto input = [&](int64_t k) {
+        at.move_to(first + k);
+        return walk_.template input_row<Storage>(at.t, at.row);
+      };
+      pack_rows<T>(input, depth, inputs_, part.begin, part.end, panels_);
     }
     if (wanted_.hidden) {
       const Range part = team.share(outputs_, Tiling<T>::kPanel);
-      pack_rows<T>([&](int64_t k) { return earlier[k]; }, depth, outputs_, part.begin, part.end,
-                   panels_ + walk_.chunk_rows * input_stride_);
+      at.t = begin;
+      const auto earlier = [&](int64_t k) {
+        at.move_to(first + k);
+        return earlier_output(at.t, at.row);
+      };
+      pack_rows<T>(earlier, depth, outputs_, part.begin, part.end,
+                   panels_ + layer_.chunk_rows * input_stride_);
     }
   }
 
   void pack_unprojected(Team team, int64_t begin, int64_t end) {
-    const int64_t depth = walk_.first_token[end] - walk_.first_token[begin];
+    const int64_t depth = layer_.first_token[end] - layer_.first_token[begin];
     const Range part = team.share(hidden_, Tiling<T>::kPanel);
     pack_rows<T>([&](int64_t k) { return unprojected_ + k * cell_stride_; }, depth, hidden_,
                  part.begin, part.end,
-                 panels_ + walk_.chunk_rows * (input_stride_ + output_stride_));
+                 panels_ + layer_.chunk_rows * (input_stride_ + output_stride_));
   }
 
   void multiply_chunk(Team team, int64_t begin, int64_t end) {
-    const int64_t first = walk_.first_token[begin], depth = walk_.first_token[end] - first;
+    const int64_t first = layer_.first_token[begin], depth = layer_.first_token[end] - first;
     const Range part = team.share(walk_.gates, Tiling<T>::kTileRows);
     const int64_t count = part.end - part.begin;
-    T* scratch = scratch_ + walk_.chunk_rows * part.begin;
+    T* scratch = scratch_ + layer_.chunk_rows * part.begin;
     if (wanted_.input) {
       multiply_transposed<T>(gates_ + part.begin, walk_.gate_stride, count, panels_, inputs_, depth,
                              input_sums_ + part.begin * input_stride_, input_stride_, scratch);
     }
     if (wanted_.hidden) {
       multiply_transposed<T>(gates_ + part.begin, walk_.gate_stride, count,
-                             panels_ + walk_.chunk_rows * input_stride_, outputs_, depth,
+                             panels_ + layer_.chunk_rows * input_stride_, outputs_, depth,
                              hidden_sums_ + part.begin * output_stride_, output_stride_, scratch);
     }
-    if (wanted_.bias) {
+    if (wants_bias()) {
       for (int64_t k = 0; k < depth; ++k) {
         const T* row = gates_ + k * walk_.gate_stride;
         for (int64_t i = part.begin; i < part.end; ++i) bias_sums_[i] += row[i];
@@ -281,11 +290,11 @@ class LstmBackwardPass {
     }
     if (projected() && wanted_.projection) {
       const Range outputs = team.share(outputs_, Tiling<T>::kTileRows);
-      multiply_transposed<T>(output_gradients_ + outputs.begin, output_stride_,
-                             outputs.end - outputs.begin,
-                             panels_ + walk_.chunk_rows * (input_stride_ + output_stride_), hidden_,
-                             depth, projection_sums_ + outputs.begin * cell_stride_, cell_stride_,
-                             scratch_ + walk_.chunk_rows * (walk_.gates + outputs.begin));
+      multiply_transposed<T>(
+          output_gradients_ + outputs.begin, output_stride_, outputs.end - outputs.begin,
+          panels_ + layer_.chunk_rows * (input_stride_ + output_stride_), hidden_, depth,
+          projection_sums_ + outputs.begin * cell_stride_, cell_stride_,
+          scratch_ + layer_.chunk_rows * (walk_.gates + outputs.begin));
     }
     if (!call_.input_gradient) return;
     const Range rows = team.share(depth);
@@ -295,7 +304,7 @@ class LstmBackwardPass {
     Storage* target = static_cast<Storage*>(call_.input_gradient) +
                       (direction_ * layer_.tokens + first) * inputs_;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      round_row(input_gradients_ + row * input_stride_, inputs_, target + row * inputs_);
+      convert_row(input_gradients_ + row * input_stride_, inputs_, target + row * inputs_);
     }
   }
 
@@ -304,32 +313,34 @@ class LstmBackwardPass {
     for (int64_t i = gates.begin; i < gates.end; ++i) {
       const int64_t padded = i / hidden_ * walk_.units + i % hidden_;
       if (wanted_.input) {
-        round_row(input_sums_ + padded * input_stride_, inputs_,
-                  static_cast<Storage*>(wanted_.input) + i * inputs_);
+        convert_row(input_sums_ + padded * input_stride_, inputs_,
+                    static_cast<Storage*>(wanted_.input) + i * inputs_);
       }
       if (wanted_.hidden) {
-        round_row(hidden_sums_ + padded * output_stride_, outputs_,
-                  static_cast<Storage*>(wanted_.hidden) + i * outputs_);
+        convert_row(hidden_sums_ + padded * output_stride_, outputs_,
+                    static_cast<Storage*>(wanted_.hidden) + i * outputs_);
       }
-      if (wanted_.bias) store(static_cast<Storage*>(wanted_.bias) + i, bias_sums_[padded]);
+      for (void* bias : {wanted_.input_bias, wanted_.hidden_bias}) {
+        if (bias) store(static_cast<Storage*>(bias) + i, bias_sums_[padded]);
+      }
     }
     if (projected() && wanted_.projection) {
       const Range outputs = team.share(outputs_);
       for (int64_t i = outputs.begin; i < outputs.end; ++i) {
-        round_row(projection_sums_ + i * cell_stride_, hidden_,
-                  static_cast<Storage*>(wanted_.projection) + i * hidden_);
+        convert_row(projection_sums_ + i * cell_stride_, hidden_,
+                    static_cast<Storage*>(wanted_.projection) + i * hidden_);
       }
     }
     const Range rows = team.share(layer_.batch);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t place = direction_ * layer_.batch + row;
       if (call_.initial_hidden_gradient) {
-        round_row(hidden_gradient_ + row * output_stride_, outputs_,
-                  static_cast<Storage*>(call_.initial_hidden_gradient) + place * outputs_);
+        convert_row(hidden_gradient_ + row * output_stride_, outputs_,
+                    static_cast<Storage*>(call_.initial_hidden_gradient) + place * outputs_);
       }
       if (call_.initial_cell_gradient) {
-        round_row(cell_gradient_ + row * cell_stride_, hidden_,
-                  static_cast<Storage*>(call_.initial_cell_gradient) + place * hidden_);
+        convert_row(cell_gradient_ + row * cell_stride_, hidden_,
+                    static_cast<Storage*>(call_.initial_cell_gradient) + place * hidden_);
       }
     }
   }

@@ -21,8 +21,8 @@ class LstmForwardPass {
     } else {
       space.reserve(&own_packed_, packed_count());
     }
-    space.reserve(&inputs_, walk_.chunk_rows * input_stride_);
-    space.reserve(&gates_, walk_.chunk_rows * walk_.gate_stride);
+    space.reserve(&inputs_, layer_.chunk_rows * input_stride_);
+    space.reserve(&gates_, layer_.chunk_rows * walk_.gate_stride);
     space.reserve(&hidden_[0], layer_.batch * hidden_stride_);
     space.reserve(&hidden_[1], layer_.batch * hidden_stride_);
     space.reserve(&cells_, layer_.batch * cell_stride_);
@@ -43,16 +43,16 @@ class LstmForwardPass {
     if (!call_.packed) pack(team, own_packed_);
     start_states(team);
     team.wait();
-    const int64_t chunk_count = static_cast<int64_t>(walk_.chunks.size()) - 1;
+    const int64_t chunk_count = layer_.chunk_count;
     int parity = 0;
     for (int64_t i = 0; i < chunk_count; ++i) {
       const int64_t chunk = direction_ == 0 ? i : chunk_count - 1 - i;
-      const int64_t begin = walk_.chunks[chunk], end = walk_.chunks[chunk + 1];
+      const int64_t begin = layer_.chunks[chunk], end = layer_.chunks[chunk + 1];
       multiply_inputs(team, begin, end);
       team.wait();
       for (int64_t s = 0; s < end - begin; ++s) {
         const int64_t t = direction_ == 0 ? begin + s : end - 1 - s;
-        step(team, t, walk_.first_token[begin], parity);
+        step(team, t, layer_.first_token[begin], parity);
         parity ^= 1;
       }
       team.wait();
@@ -110,13 +110,13 @@ class LstmForwardPass {
 
   // Pre-activations of all steps of a chunk, as far as the input makes them.
   void multiply_inputs(Team team, int64_t begin, int64_t end) {
-    const int64_t first = walk_.first_token[begin];
-    const Range rows = team.share(walk_.first_token[end] - first);
-    int64_t t = begin;
+    const int64_t first = layer_.first_token[begin];
+    const Range rows = team.share(layer_.first_token[end] - first);
+    TokenCursor at{layer_, begin, 0};
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      while (first + row >= walk_.first_token[t + 1]) ++t;
-      convert_row(walk_.template input_row<Storage>(t, first + row - walk_.first_token[t]),
-                  layer_.input_size, inputs_ + row * input_stride_);
+      at.move_to(first + row);
+      convert_row(walk_.template input_row<Storage>(at.t, at.row), layer_.input_size,
+                  inputs_ + row * input_stride_);
       convert_row(bias(), walk_.gates, gates_ + row * walk_.gate_stride);
     }
     for (int gate = 0; gate < 4; ++gate) {
@@ -129,7 +129,7 @@ class LstmForwardPass {
 
   void step(Team team, int64_t t, int64_t first_of_chunk, int parity) {
     const int64_t active = layer_.batch_sizes[t];
-    const int64_t first = walk_.first_token[t];
+    const int64_t first = layer_.first_token[t];
     const T* before = hidden_[parity];
     T* after = hidden_[parity ^ 1];
     T* gates = gates_ + (first - first_of_chunk) * walk_.gate_stride;
@@ -206,7 +206,7 @@ class LstmForwardPass {
   void write_output(T* values, int64_t token, int64_t column, int64_t width) {
     Storage* target = static_cast<Storage*>(call_.output) +
                       (token * layer_.directions + direction_) * layer_.output_size + column;
-    round_row(values, width, target);
+    convert_row(values, width, target);
   }
 
   void write_final_states(Team team) {
@@ -215,14 +215,14 @@ class LstmForwardPass {
     int64_t last = layer_.steps - 1;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       while (layer_.batch_sizes[last] <= row) --last;
-      const int64_t token = direction_ == 0 ? walk_.first_token[last] + row : row;
+      const int64_t token = direction_ == 0 ? layer_.first_token[last] + row : row;
       const int64_t place = direction_ * layer_.batch + row;
       const Storage* source = static_cast<const Storage*>(call_.output) +
                               (token * layer_.directions + direction_) * outputs;
       Storage* h = static_cast<Storage*>(call_.final_hidden) + place * outputs;
       for (int64_t i = 0; i < outputs; ++i) h[i] = source[i];
-      round_row(cells_ + row * cell_stride_, layer_.hidden_size,
-                static_cast<Storage*>(call_.final_cell) + place * layer_.hidden_size);
+      convert_row(cells_ + row * cell_stride_, layer_.hidden_size,
+                  static_cast<Storage*>(call_.final_cell) + place * layer_.hidden_size);
     }
   }
 

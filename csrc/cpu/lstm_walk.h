@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <vector>
 
 #include "core/lstm_cell.h"
 #include "cpu/gemm.h"
@@ -20,17 +19,19 @@ class Workspace {
  public:
   template <class T>
   void reserve(T** pointer, int64_t count) {
-    requests_.push_back({reinterpret_cast<void**>(pointer), bytes_});
+    if (count_ == kMost) throw std::bad_alloc();
+    requests_[count_++] = {reinterpret_cast<void**>(pointer), bytes_};
     bytes_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
   }
   void allocate() {
     memory_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, bytes_ + kAlignment)));
     if (!memory_) throw std::bad_alloc();
-    for (const Request& request : requests_) *request.pointer = memory_.get() + request.offset;
+    for (int i = 0; i < count_; ++i) *requests_[i].pointer = memory_.get() + requests_[i].offset;
   }
 
  private:
   static constexpr int64_t kAlignment = 64;
+  static constexpr int kMost = 64;
   struct Request {
     void** pointer;
     int64_t offset;
@@ -38,17 +39,17 @@ class Workspace {
   struct Free {
     void operator()(char* memory) const { std::free(memory); }
   };
-  std::vector<Request> requests_;
+  // No std::vector here: what the linker merges must not be compiled for an instruction set.
+  Request requests_[kMost];
+  int count_ = 0;
   int64_t bytes_ = 0;
   std::unique_ptr<char, Free> memory_;
 };
 
-// Sizes of one direction's work, and who does what. Within a chunk of consecutive steps whose rows
-// fit the caches, products over all its tokens surround the recurrence. In the recurrence, a team
-// either shares out the rows of the batch, which needs no waiting, or, for few rows, the units.
+// Sizes of one direction's work, and who does what. In the recurrence, a team either shares out the
+// rows of the batch, which needs no waiting, or, for few rows, the units.
 template <class T>
 struct LstmWalk {
-  static constexpr int64_t kChunkRows = 512;  // on Zen 4: 256 to 1024 make no difference
   static constexpr int64_t kRowsPerThread = 2 * Tiling<T>::kTileRows;
   static constexpr int64_t kSkew = 16;  // rows a power of two apart would share cache sets
 
@@ -56,39 +57,31 @@ struct LstmWalk {
   int64_t units;  // hidden_size, padded to vectors
   int64_t gates;  // 4 * units: columns of a row of gates
   int64_t gate_stride;
-  int64_t chunk_rows;                // the most in any chunk
-  std::vector<int64_t> first_token;  // [steps + 1]
-  std::vector<int64_t> chunks;       // first steps, and the end
 
   explicit LstmWalk(const LstmLayer& given)
       : layer(given),
         units(padded_columns<T>(given.hidden_size)),
         gates(4 * units),
-        gate_stride(gates + kSkew),
-        chunk_rows(0),
-        first_token(given.steps + 1, 0) {
-    for (int64_t t = 0; t < layer.steps; ++t) {
-      first_token[t + 1] = first_token[t] + layer.batch_sizes[t];
-    }
-    chunks.push_back(0);
-    for (int64_t t = 0; t < layer.steps; ++t) {
-      const int64_t rows = first_token[t + 1] - first_token[chunks.back()];
-      if (rows > kChunkRows && t > chunks.back()) chunks.push_back(t);
-    }
-    chunks.push_back(layer.steps);
-    for (size_t i = 0; i + 1 < chunks.size(); ++i) {
-      const int64_t rows = first_token[chunks[i + 1]] - first_token[chunks[i]];
-      if (rows > chunk_rows) chunk_rows = rows;
-    }
-  }
+        gate_stride(gates + kSkew) {}
 
   bool shares_rows(int team) const { return team == 1 || layer.batch >= team * kRowsPerThread; }
 
   template <class Storage>
   const Storage* input_row(int64_t t, int64_t row) const {
     const Storage* base = static_cast<const Storage*>(layer.input);
-    if (layer.input_step_stride == 0) return base + (first_token[t] + row) * layer.input_row_stride;
-    return base + t * layer.input_step_stride + row * layer.input_row_stride;
+    return layer.packed_input ? base + (layer.first_token[t] + row) * layer.input_row_stride
+                              : base + t * layer.input_step_stride + row * layer.input_row_stride;
+  }
+};
+
+// Steps and rows of tokens that come in order.
+struct TokenCursor {
+  const LstmLayer& layer;
+  int64_t t, row;
+
+  void move_to(int64_t token) {
+    while (token >= layer.first_token[t + 1]) ++t;
+    row = token - layer.first_token[t];
   }
 };
 
@@ -104,15 +97,9 @@ void pack_gate_columns(const void* weights, int64_t depth, int64_t hidden, int64
   }
 }
 
-template <class T, class Storage>
-void convert_row(const Storage* source, int64_t count, T* target) {
-  for_each_lanes<T>(count, [&](int64_t i, auto lanes) {
-    store(target + i, load_as<decltype(lanes)>(source + i));
-  });
-}
-
-template <class T, class Storage>
-void round_row(const T* source, int64_t count, Storage* target) {
+template <class From, class To>
+void convert_row(const From* source, int64_t count, To* target) {
+  using T = ComputeType<To>;
   for_each_lanes<T>(count, [&](int64_t i, auto lanes) {
     store(target + i, load_as<decltype(lanes)>(source + i));
   });

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ def refuse_lstm(request: LstmRequest) -> str | None:
     """Why the kernels do not run these layers, or None."""
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation has no tangents of the kernels"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    # Not "is not None": Dynamo takes what it wraps for something.
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
         return "a torch.func transform is active"
     if request.device.type != "cpu":
         return f"the input is on {request.device}"
@@ -89,14 +90,16 @@ def _refuse_sizes(request: LstmRequest) -> str | None:
     return None
 
 
-class Layer(NamedTuple):
-    """The tensors of a layer as the kernels want them."""
-
-    sizes: tuple[int, ...]
-    batch_sizes: list[int]
-    tensors: tuple[Tensor | None, ...]
-    directions: int
-    per_direction: int
+def _with_gaps(tensors: Sequence[Any], directions: int, has_biases: bool) -> list[Any]:
+    """Weights, or what belongs to them, with None for biases and projections that are not there."""
+    count = max(1, len(tensors) // directions)
+    filled: list[Any] = []
+    for first in range(0, len(tensors), count):
+        own = list(tensors[first : first + count])
+        if not has_biases:
+            own[2:2] = [None, None]
+        filled += own if len(own) == 5 else [*own, None]
+    return filled
 
 
 def _layer(
@@ -106,28 +109,17 @@ def _layer(
     initial_cell: Tensor,
     weights: Sequence[Tensor],
     has_biases: bool,
-) -> Layer:
-    directions, batch, outputs = initial_hidden.shape
-    per_direction = len(weights) // directions
-    if input.stride(-1) != 1 and input.size(-1) > 1:
+) -> _native_cpu.LstmTensors:
+    if input.size(-1) > 1 and input.stride(-1) != 1:
         input = input.contiguous()
-    if batch_sizes is None:
-        rows, strides = [batch] * input.size(0), (input.stride(0), input.stride(1))
-        tokens = input.size(0) * batch
-        if strides[0] == 0:  # means "packed" to the kernels
-            input = input.contiguous()
-            strides = (input.stride(0), input.stride(1))
-    else:
-        rows, strides, tokens = batch_sizes.tolist(), (0, input.stride(0)), input.size(0)
-    tensors: list[Tensor | None] = [input, initial_hidden.contiguous(), initial_cell.contiguous()]
-    for first in range(0, len(weights), per_direction):
-        own: list[Tensor | None] = [w.contiguous() for w in weights[first : first + per_direction]]
-        if not has_biases:
-            own[2:2] = [None, None]
-        tensors += own if len(own) == 5 else [*own, None]
-    widths = input.size(-1), initial_cell.size(2), outputs
-    sizes = (directions, len(rows), batch, tokens, *widths, *strides)
-    return Layer(sizes, rows, tuple(tensors), directions, per_direction)
+    dense = [weight.contiguous() for weight in weights]
+    return _native_cpu.LstmTensors(
+        input,
+        None if batch_sizes is None else batch_sizes.tolist(),
+        initial_hidden.contiguous(),
+        initial_cell.contiguous(),
+        _with_gaps(dense, initial_hidden.size(0), has_biases),
+    )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -165,16 +157,24 @@ def forward(
     """Runs one layer; see ``fastopt/ops/lstm.py``."""
     layer = _layer(input, batch_sizes, initial_hidden, initial_cell, weights, has_biases)
     shapes = result_shapes(input, initial_hidden, initial_cell, save)
-    results = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in shapes)
-    passed = results if save else (*results[:3], None, None)
-    _native_cpu.lstm_forward(
-        layer.sizes, layer.batch_sizes, layer.tensors, packed, passed, torch.get_num_threads()
-    )
-    return results
+    results = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+    passed = results if save else [*results[:3], None, None]
+    _native_cpu.lstm_forward(layer, packed, passed, torch.get_num_threads())
+    return tuple(results)
 
 
 def pack(weights: Sequence[Tensor], has_biases: bool, directions: int) -> Tensor:
-    """The weights of one layer as the kernels read them, ``[directions, bytes]``."""
+    """The weights of one layer as the kernels read them, ``[directions, bytes]``.
+
+    Raises:
+        RuntimeError: The kernels do not take a weight.
+    """
+    for weight in weights:
+        reason = not_plain("a weight", weight, "cpu")
+        if reason is None and weight.dtype not in DTYPES:
+            reason = f"no kernel has the dtype {weight.dtype}"
+        if reason is not None:
+            raise RuntimeError(f"cannot pack the weights: {reason}")
     weight_ih, weight_hh = weights[0], weights[1]
     hidden, outputs = weight_ih.size(0) // 4, weight_hh.size(1)
     input, h, c = (
@@ -182,60 +182,44 @@ def pack(weights: Sequence[Tensor], has_biases: bool, directions: int) -> Tensor
         for shape in ((1, 1, weight_ih.size(1)), (directions, 1, outputs), (directions, 1, hidden))
     )
     layer = _layer(input, None, h, c, weights, has_biases)
-    size = _native_cpu.lstm_packed_bytes(layer.sizes, layer.tensors)
+    size = _native_cpu.lstm_packed_bytes(layer)
     packed = torch.empty((directions, size), dtype=torch.uint8)
-    _native_cpu.lstm_pack(layer.sizes, layer.tensors, packed, torch.get_num_threads())
+    _native_cpu.lstm_pack(layer, packed, torch.get_num_threads())
     return packed
 
 
 def backward(
-    gradients: Sequence[Tensor | None],
+    output_gradient: Tensor | None,
+    final_hidden_gradient: Tensor | None,
+    final_cell_gradient: Tensor | None,
     input: Tensor,
     batch_sizes: Tensor | None,
     initial_hidden: Tensor,
     initial_cell: Tensor,
     weights: Sequence[Tensor],
     has_biases: bool,
-    saved: tuple[Tensor, Tensor, Tensor],
+    output: Tensor,
+    saved_gates: Tensor,
+    saved_cells: Tensor,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of input, initial states and weights that are wanted, in this order."""
     layer = _layer(input, batch_sizes, initial_hidden, initial_cell, weights, has_biases)
-    given = tuple(None if g is None else g.contiguous() for g in gradients)
+    gradients = output_gradient, final_hidden_gradient, final_cell_gradient
+    given = [None if gradient is None else gradient.contiguous() for gradient in gradients]
     everything = [input, initial_hidden, initial_cell, *weights]
-    made: list[Tensor | None] = [
+    made = [
         torch.empty(tensor.shape, dtype=tensor.dtype) if want else None
-        for tensor, want in zip(everything, wanted, strict=True)
+        for tensor, want in zip(everything[1:], wanted[1:], strict=True)
     ]
     # Each direction has an input gradient of its own.
-    per_direction = made[0]
-    if per_direction is not None and layer.directions == 2:
-        per_direction = torch.empty((2, *input.shape), dtype=input.dtype)
-    results: list[Tensor | None] = [per_direction, *made[1:3]]
-    for direction in range(layer.directions):
-        first = 3 + direction * layer.per_direction
-        own = made[first : first + layer.per_direction]
-        if has_biases:  # both biases have the same gradient
-            biases = [bias for bias in own[2:4] if bias is not None]
-            own[2:4] = [biases[0] if biases else None]
-        else:
-            own[2:2] = [None]
-        results += own if len(own) == 4 else [*own, None]
-    _native_cpu.lstm_backward(
-        layer.sizes,
-        layer.batch_sizes,
-        layer.tensors,
-        saved,
-        given,
-        tuple(results),
-        torch.get_num_threads(),
-    )
-    if per_direction is not made[0] and per_direction is not None:
-        torch.sum(per_direction, 0, out=made[0])
-    if has_biases:
-        for direction in range(layer.directions):
-            first = 3 + direction * layer.per_direction + 2
-            pair = made[first], made[first + 1]
-            if pair[0] is not None and pair[1] is not None:
-                pair[1].copy_(pair[0])
+    directions, tokens = saved_gates.shape[:2]
+    parts = None
+    if wanted[0]:
+        parts = torch.empty((directions, tokens, input.size(-1)), dtype=input.dtype)
+    results = [parts, *made[:2], *_with_gaps(made[2:], directions, has_biases)]
+    saved = [output, saved_gates, saved_cells]
+    _native_cpu.lstm_backward(layer, saved, given, results, torch.get_num_threads())
+    if parts is not None:
+        made.insert(0, (parts[0] if directions == 1 else parts.sum(0)).view(input.shape))
     return [tensor for tensor in made if tensor is not None]

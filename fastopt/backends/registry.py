@@ -108,5 +108,5 @@ def log_fall_through(reason: str, backend: str, task: str) -> None:
     if reason not in _logged:
         _logged.add(reason)
         logger.warning(
-            "%s: backend %r is to %s (said once; see fastopt.explain)", reason, backend, task
+            "%s: backend %r is to %s (said once)", reason, backend, task
         )

@@ -31,51 +31,13 @@ LIBRARY.define(
 )
 
 
-@torch.library.impl(LIBRARY, "lstm_layer", "CPU")
-def _layer_on_cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    return cpu_lstm.forward(*arguments)
-
-
-@torch.library.impl(LIBRARY, "lstm_layer_backward", "CPU")
-def _layer_backward_on_cpu(
-    output_gradient: Tensor | None,
-    final_hidden_gradient: Tensor | None,
-    final_cell_gradient: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    output: Tensor,
-    saved_gates: Tensor,
-    saved_cells: Tensor,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    return cpu_lstm.backward(
-        (output_gradient, final_hidden_gradient, final_cell_gradient),
-        input,
-        batch_sizes,
-        initial_hidden,
-        initial_cell,
-        weights,
-        has_biases,
-        (output, saved_gates, saved_cells),
-        wanted,
-    )
+torch.library.impl(LIBRARY, "lstm_layer", "CPU")(cpu_lstm.forward)
+torch.library.impl(LIBRARY, "lstm_layer_backward", "CPU")(cpu_lstm.backward)
 
 
 @torch.library.register_fake("fastopt::lstm_layer", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _fake_layer(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    packed: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, ...]:
+def _fake_layer(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _, initial_hidden, initial_cell, *_, save = arguments
     shapes = cpu_lstm.result_shapes(input, initial_hidden, initial_cell, save)
     return tuple([input.new_empty(shape, dtype=dtype) for shape, dtype in shapes])
 
@@ -212,8 +174,8 @@ def lstm(
         input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, num_layers,
         bidirectional,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        chosen = "torch" if backend == "torch" or cpu_lstm.refuse_lstm(request) else "cpu"
+    if torch.compiler.is_compiling():  # Dynamo reads neither context variables nor loggers
+        chosen = _choice_in_a_graph(request, backend or "auto")
     else:
         chosen = registry.choose(request, registry.requested(backend)).name
     options: dict[str, Any] = {
@@ -249,6 +211,16 @@ def lstm(
     if num_layers == 1:
         return input, final_hidden[0], final_cell[0]
     return input, torch.cat(final_hidden), torch.cat(final_cell)
+
+
+def _choice_in_a_graph(request: LstmRequest, choice: str) -> str:
+    """As ``registry.choose``, without a word in the log."""
+    refused = None
+    for backend, reason in registry.candidates(request, choice):
+        if reason is None:
+            return backend.name
+        refused = reason
+    raise RuntimeError(f"backend {choice!r} cannot {request.task}: {refused}")
 
 
 def _registered_layer(
