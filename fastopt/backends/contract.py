@@ -143,6 +143,35 @@ class LstmRequest:
         shape, dtype = list(self.input.shape), self.input.dtype
         return f"run an LSTM over input of shape {shape}, {dtype} on {self.device}"
 
+    def layer(self, number: int, input: Tensor) -> LstmRequest:
+        """One of the layers, over the input given."""
+        directions = 2 if self.bidirectional else 1
+        count = len(self.weights) // self.num_layers
+        states = slice(number * directions, (number + 1) * directions)
+        return LstmRequest(
+            input,
+            self.batch_sizes,
+            self.initial_hidden[states],
+            self.initial_cell[states],
+            list(self.weights[number * count : (number + 1) * count]),
+            self.has_biases,
+            num_layers=1,
+            bidirectional=self.bidirectional,
+        )
+
+    def cast(self, dtype: torch.dtype) -> LstmRequest:
+        """The same in another dtype."""
+        return LstmRequest(
+            self.input.to(dtype),
+            self.batch_sizes,
+            self.initial_hidden.to(dtype),
+            self.initial_cell.to(dtype),
+            [weight.to(dtype) for weight in self.weights],
+            self.has_biases,
+            self.num_layers,
+            self.bidirectional,
+        )
+
     def ask(self, backend: Backend) -> str | None:
         """What the backend answers."""
         return backend.supports_lstm(self)

@@ -236,18 +236,10 @@ def _widened(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
 
 
-def reference_lstm(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer of an LSTM, step by step in double precision; autograd has its gradients.
-
-    Shapes and the order of the weights are those of ``LstmRequest``, of one layer.
-    """
+def reference_lstm(layer: LstmRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer of an LSTM, step by step in double precision; autograd has its gradients."""
+    input, batch_sizes, weights = layer.input, layer.batch_sizes, layer.weights
+    initial_hidden, initial_cell = layer.initial_hidden, layer.initial_cell
     dtype, wide = input.dtype, torch.float64
     per_direction = len(weights) // initial_hidden.size(0)
     steps = list(
@@ -258,7 +250,7 @@ def reference_lstm(
     outputs, hidden_states, cell_states = [], [], []
     for direction, (h_0, c_0) in enumerate(zip(initial_hidden, initial_cell, strict=True)):
         own = [w.to(wide) for w in weights[direction * per_direction :][:per_direction]]
-        weight_ih, weight_hh, bias = own[0], own[1], own[2] + own[3] if has_biases else 0.0
+        weight_ih, weight_hh, bias = own[0], own[1], own[2] + own[3] if layer.has_biases else 0.0
         projection = own[-1] if per_direction in (3, 5) else None
         h, c = h_0.to(wide), c_0.to(wide)
         produced: list[Tensor] = []

@@ -107,6 +107,4 @@ def log_fall_through(reason: str, backend: str, task: str) -> None:
     """Says once for each reason that a slower backend does the work."""
     if reason not in _logged:
         _logged.add(reason)
-        logger.warning(
-            "%s: backend %r is to %s (said once)", reason, backend, task
-        )
+        logger.warning("%s: backend %r is to %s (said once)", reason, backend, task)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastopt.backends import registry
+from fastopt.backends.contract import LstmRequest
 from fastopt.ops.lstm import FrozenWeights, lstm
 
 __all__ = ["LSTM"]
@@ -181,7 +182,7 @@ class LSTM(torch.nn.LSTM):
         packed = None
         if self._frozen is not None and not (self.training and self.weight_dropout > 0):
             packed = self._frozen.packed(weights)
-        output, hidden, cell = lstm(
+        request = LstmRequest(
             input,
             batch_sizes,
             hx[0],
@@ -189,9 +190,12 @@ class LSTM(torch.nn.LSTM):
             weights,
             has_biases=self.bias,
             num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+        )
+        output, hidden, cell = lstm(
+            request,
             dropout=self.dropout,
             training=self.training,
-            bidirectional=self.bidirectional,
             packed=packed,
             backend=self._backend,
         )

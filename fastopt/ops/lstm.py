@@ -73,9 +73,10 @@ def _layer_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     if all(gradient is None for gradient in from_outside) or not any(wanted):
         return None, None, None, None, [None] * len(weights), None, None, None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = _differentiable_gradients(
-            from_outside, input, batch_sizes, h0, c0, weights, ctx.has_biases, wanted
+        layer = LstmRequest(
+            input, batch_sizes, h0, c0, weights, ctx.has_biases, 1, bidirectional=h0.size(0) == 2
         )
+        grads = _differentiable_gradients(from_outside, layer, wanted)
     else:
         grads = torch.ops.fastopt.lstm_layer_backward(
             *from_outside, input, batch_sizes, h0, c0, weights, ctx.has_biases, output,
@@ -92,23 +93,12 @@ torch.library.register_autograd(
 
 
 def _differentiable_gradients(
-    gradients: Sequence[Tensor | None],
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    wanted: Sequence[bool],
+    gradients: Sequence[Tensor | None], layer: LstmRequest, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same gradients by torch's operations step by step, for derivatives of higher order."""
-    everything = [input, initial_hidden, initial_cell, *weights]
+    everything = [layer.input, layer.initial_hidden, layer.initial_cell, *layer.weights]
     with torch.enable_grad(), torch.backends.mkldnn.flags(enabled=False):
-        bidirectional = initial_hidden.size(0) == 2
-        outputs = stock_lstm(
-            input, batch_sizes, initial_hidden, initial_cell, weights, has_biases=has_biases,
-            num_layers=1, dropout=0.0, training=False, bidirectional=bidirectional,
-        )  # fmt: skip
+        outputs = stock_lstm(layer, dropout=0.0, training=False)
         used = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
         return list(
             torch.autograd.grad(
@@ -122,46 +112,34 @@ def _differentiable_gradients(
 
 
 def stock_lstm(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    *,
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
+    request: LstmRequest, *, dropout: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Torch's own operator; input with the steps first."""
-    states, own = [initial_hidden, initial_cell], list(weights)
-    rest = (has_biases, num_layers, dropout, training, bidirectional)
-    if batch_sizes is None:
-        result = _VF.lstm(input, states, own, *rest, False)
+    """Torch's own operator."""
+    states, weights = [request.initial_hidden, request.initial_cell], list(request.weights)
+    rest = request.has_biases, request.num_layers, dropout, training, request.bidirectional
+    if request.batch_sizes is None:
+        result = _VF.lstm(request.input, states, weights, *rest, False)
     else:
-        result = _VF.lstm(input, batch_sizes, states, own, *rest)
+        result = _VF.lstm(request.input, request.batch_sizes, states, weights, *rest)
     return tuple(result)  # type: ignore[return-value]
 
 
 def lstm(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
+    request: LstmRequest,
     *,
-    has_biases: bool,
-    num_layers: int,
     dropout: float,
     training: bool,
-    bidirectional: bool,
     packed: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All layers; the arguments are those of torch's operator, input with the steps first.
+    """Runs all layers.
 
-    ``packed`` has, for each layer, what ``cpu_lstm.pack`` has made of these very weights.
+    Args:
+        request: The layers and what they run over.
+        dropout: Probability of dropping an output of any layer but the last.
+        training: Whether to drop.
+        packed: For each layer, what ``cpu_lstm.pack`` has made of these very weights.
+        backend: The backend that the module names.
 
     Returns:
         Output, final hidden and final cell states.
@@ -170,45 +148,27 @@ def lstm(
         RuntimeError: The backend that the user named does not take the tensors; besides, whatever
             torch raises.
     """
-    request = LstmRequest(
-        input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, num_layers,
-        bidirectional,
-    )  # fmt: skip
     if torch.compiler.is_compiling():  # Dynamo reads neither context variables nor loggers
         chosen = _choice_in_a_graph(request, backend or "auto")
     else:
         chosen = registry.choose(request, registry.requested(backend)).name
-    options: dict[str, Any] = {
-        "has_biases": has_biases,
-        "num_layers": num_layers,
-        "dropout": dropout,
-        "training": training,
-        "bidirectional": bidirectional,
-    }
     if chosen == "torch":
-        return stock_lstm(input, batch_sizes, initial_hidden, initial_cell, weights, **options)
+        return stock_lstm(request, dropout=dropout, training=training)
     if (cast := cpu_lstm.autocast_dtype(request)) is not None:
-        input, initial_hidden, initial_cell = (
-            tensor.to(cast) for tensor in (input, initial_hidden, initial_cell)
-        )
-        weights = [weight.to(cast) for weight in weights]
+        request = request.cast(cast)
         packed = None
-    directions = 2 if bidirectional else 1
-    per_layer = len(weights) // num_layers
-    final_hidden, final_cell = [], []
-    for number in range(num_layers):
+    input, final_hidden, final_cell = request.input, [], []
+    for number in range(request.num_layers):
         if number > 0 and dropout > 0 and training:
             input = torch.dropout(input, dropout, True)
-        states = slice(number * directions, (number + 1) * directions)
-        own = list(weights[number * per_layer : (number + 1) * per_layer])
-        layer = (input, batch_sizes, initial_hidden[states], initial_cell[states], own, has_biases)
+        layer = request.layer(number, input)
         if chosen == "reference":
-            input, hidden, cell = reference_lstm(*layer)
+            input, hidden, cell = reference_lstm(layer)
         else:
-            input, hidden, cell = _registered_layer(*layer, packed[number] if packed else None)
+            input, hidden, cell = _registered_layer(layer, packed[number] if packed else None)
         final_hidden.append(hidden)
         final_cell.append(cell)
-    if num_layers == 1:
+    if request.num_layers == 1:
         return input, final_hidden[0], final_cell[0]
     return input, torch.cat(final_hidden), torch.cat(final_cell)
 
@@ -223,20 +183,13 @@ def _choice_in_a_graph(request: LstmRequest, choice: str) -> str:
     raise RuntimeError(f"backend {choice!r} cannot {request.task}: {refused}")
 
 
-def _registered_layer(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: list[Tensor],
-    has_biases: bool,
-    packed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    everything = [input, initial_hidden, initial_cell, *weights]
+def _registered_layer(layer: LstmRequest, packed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    everything = [layer.input, layer.initial_hidden, layer.initial_cell, *layer.weights]
     save = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in everything])
     output, hidden, cell, _, _ = torch.ops.fastopt.lstm_layer(
-        input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, packed, save
-    )
+        layer.input, layer.batch_sizes, layer.initial_hidden, layer.initial_cell, layer.weights,
+        layer.has_biases, packed, save,
+    )  # fmt: skip
     return output, hidden, cell
 
 
