@@ -94,14 +94,14 @@ HOST_DEVICE Vec<T> sign_of(Vec<T> vector) {
   return {vector.value > zero ? one : vector.value < zero ? -one : zero};
 }
 
-// As in core/activations.h.
+// As in core/activations.h. Unsigned: a NaN has any bits.
 HOST_DEVICE Vec<float> power_of_two(Vec<float> shifted) {
-  const NativeVector<float>::mask bits = (NativeVector<float>::mask)shifted.value;
-  return {(Vec<float>::Native)((bits + 127) << 23)};
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  return {(Vec<float>::Native)(((Bits)shifted.value + 127u) << 23)};
 }
 HOST_DEVICE Vec<double> power_of_two(Vec<double> shifted) {
-  const NativeVector<double>::mask bits = (NativeVector<double>::mask)shifted.value;
-  return {(Vec<double>::Native)((bits + 1023) << 52)};
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  return {(Vec<double>::Native)(((Bits)shifted.value + 1023u) << 52)};
 }
 
 template <class T>
