@@ -16,7 +16,7 @@ __all__ = ["LSTM"]
 
 
 class LSTM(torch.nn.LSTM):
-    """:class:`torch.nn.LSTM` with the same arguments, state and results, faster.
+    """:class:`torch.nn.LSTM` with the same arguments, state and results, on fastopt's kernels.
 
     Under ``torch.compile`` set ``torch._dynamo.config.allow_rnn = True``: Dynamo refuses every
     module derived from :class:`torch.nn.LSTM` otherwise.
