@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/simd.h"
 
@@ -23,10 +24,103 @@ struct Tiling {
 #else
   static constexpr int kTileRows = 4;
 #endif
+  // Rows of a transposed A that are packed at a time: with 512 of depth, a fifth of an L2 cache.
+  static constexpr int kBlockRows = 8 * kTileRows;
 };
 
-// Columns with those that fill the last vector up. Panel p begins at depth * p * kPanel, and the
-// last one may be a single vector wide.
+// What A and B are made of, F, and a word: the factors of one lane in one step of the depth. A word
+// is held in the bits of the type of the sums, so that panels of words look all alike. One factor
+// is a word, unless an instruction multiplies more of them.
+template <class F>
+struct Factors {
+  using Sum = F;
+  static constexpr int kInWord = 1;
+
+  static HOST_DEVICE Vec<F> add_product(Vec<F> sum, F a, Vec<F> b) {
+    return {sum.value + a * b.value};
+  }
+  // Words of neighbouring columns, whose factors lie in kInWord rows.
+  template <class Storage>
+  static HOST_DEVICE Vec<F> joined(const Storage* const* rows, int64_t column) {
+    return load_as<Vec<F>>(rows[0] + column);
+  }
+  template <class Storage>
+  static HOST_DEVICE F joined_word(const Storage* const* rows, int64_t column) {
+    return load(rows[0] + column);
+  }
+  // Words that follow each other in one column, and the last one of a column of `left` factors.
+  template <class Storage>
+  static HOST_DEVICE Vec<F> along(const Storage* column) {
+    return load_as<Vec<F>>(column);
+  }
+  template <class Storage>
+  static HOST_DEVICE F word_along(const Storage* column, int64_t) {
+    return load(column);
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Factors<BFloat16> {
+  using Sum = float;
+  static constexpr int kInWord = 2;
+
+  static HOST_DEVICE Vec<float> add_product(Vec<float> sum, float a, Vec<float> b) {
+    const __m512bh pair = (__m512bh)_mm512_set1_ps(a);
+    return {(Vec<float>::Native)_mm512_dpbf16_ps((__m512)sum.value, pair, (__m512bh)b.value)};
+  }
+  // A row that is not there is nullptr.
+  static HOST_DEVICE Vec<float> joined(const BFloat16* const* rows, int64_t column) {
+    Bits32 bits = widened(rows[0] + column);
+    if (rows[1]) bits |= widened(rows[1] + column) << 16;
+    return {(Vec<float>::Native)bits};
+  }
+  static HOST_DEVICE float joined_word(const BFloat16* const* rows, int64_t column) {
+    const uint32_t high = rows[1] ? rows[1][column].bits : 0;
+    return float_from_bits(rows[0][column].bits | high << 16);
+  }
+  static HOST_DEVICE Vec<float> along(const BFloat16* column) {
+    Vec<float> words;
+    memcpy(&words, column, sizeof words);
+    return words;
+  }
+  static HOST_DEVICE float word_along(const BFloat16* column, int64_t left) {
+    const uint32_t high = left > 1 ? column[1].bits : 0;
+    return float_from_bits(column[0].bits | high << 16);
+  }
+};
+#endif
+
+template <class F>
+using SumOf = typename Factors<F>::Sum;
+
+// The factors that products of a storage type are made of.
+template <class Storage>
+struct FactorOf {
+  using type = ComputeType<Storage>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct FactorOf<BFloat16> {
+  using type = BFloat16;
+};
+#endif
+
+// Words along a depth. The last one is filled up with zeros.
+template <class F>
+HOST_DEVICE int64_t words_of(int64_t depth) {
+  return (depth + Factors<F>::kInWord - 1) / Factors<F>::kInWord;
+}
+
+template <class F>
+HOST_DEVICE SumOf<F> load_word(const F* factors) {
+  SumOf<F> word;
+  memcpy(&word, factors, sizeof word);
+  return word;
+}
+
+// Columns with those that fill the last vector up. Panel p begins at words_of(depth) * p * kPanel,
+// and the last one may be a single vector wide.
 template <class T>
 HOST_DEVICE int64_t padded_columns(int64_t columns) {
   return (columns + Tiling<T>::kWidth - 1) / Tiling<T>::kWidth * Tiling<T>::kWidth;
@@ -34,18 +128,19 @@ HOST_DEVICE int64_t padded_columns(int64_t columns) {
 
 enum class Into { kReplace, kAdd };
 
-// A: row r begins at rows + r * row_stride and is contiguous along the depth, or, transposed, lies
-// packed as [depth][rows of the tile].
-template <class T>
+// A: row r begins at rows + r * row_stride, a multiple of a word's factors, and is contiguous along
+// the depth, of whole words; or, transposed, its words lie packed as [depth][rows of the tile].
+template <class F>
 struct LeftOperand {
-  const T* rows;
+  const F* rows;
   int64_t row_stride;
 };
 
-template <class T, int kRows, int kVectors, bool kTransposed>
-void multiply_tile(LeftOperand<T> a, const T* panel, int64_t depth, T* c, int64_t c_stride,
-                   Into into) {
-  constexpr int kWidth = Vec<T>::kWidth;
+template <class F, int kRows, int kVectors, bool kTransposed>
+void multiply_tile(LeftOperand<F> a, const SumOf<F>* panel, int64_t words, SumOf<F>* c,
+                   int64_t c_stride, Into into) {
+  using T = SumOf<F>;
+  constexpr int kWidth = Vec<T>::kWidth, kInWord = Factors<F>::kInWord;
   Vec<T> sums[kRows][kVectors];
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) {
@@ -54,22 +149,26 @@ void multiply_tile(LeftOperand<T> a, const T* panel, int64_t depth, T* c, int64_
   }
   // Every third row has a pointer of its own, the others lie one and two strides behind.
   constexpr int kPointers = (kRows + 2) / 3;
-  const T* pointers[kPointers];
+  const F* pointers[kPointers];
 #pragma GCC unroll 4
   for (int i = 0; i < kPointers; ++i) pointers[i] = a.rows + 3 * i * a.row_stride;
-  const T* packed = a.rows;
-  for (int64_t k = 0; k < depth; ++k) {
+  const F* packed = a.rows;
+  for (int64_t k = 0; k < words; ++k) {
     Vec<T> b[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) b[v] = load_as<Vec<T>>(panel + v * kWidth);
     panel += kVectors * kWidth;
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
-      const T value = kTransposed ? packed[row] : pointers[row / 3][(row % 3) * a.row_stride + k];
+      const F* place = kTransposed ? packed + row * kInWord
+                                   : pointers[row / 3] + (row % 3) * a.row_stride + k * kInWord;
+      const T word = load_word(place);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[row][v].value += value * b[v].value;
+      for (int v = 0; v < kVectors; ++v) {
+        sums[row][v] = Factors<F>::add_product(sums[row][v], word, b[v]);
+      }
     }
-    if (kTransposed) packed += kRows;
+    if (kTransposed) packed += kRows * kInWord;
   }
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) {
@@ -84,17 +183,19 @@ void multiply_tile(LeftOperand<T> a, const T* panel, int64_t depth, T* c, int64_
 // One row by kRowPanels whole panels: a tile of one row would wait for its own two sums at each
 // step.
 constexpr int kRowPanels = 4;
-template <class T>
-void multiply_row(const T* a, const T* panels, int64_t depth, T* c, Into into) {
+template <class F>
+void multiply_row(const F* a, const SumOf<F>* panels, int64_t words, SumOf<F>* c, Into into) {
+  using T = SumOf<F>;
   constexpr int kWidth = Vec<T>::kWidth, kPanel = Tiling<T>::kPanel, kVectors = 2 * kRowPanels;
   Vec<T> sums[kVectors];
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) sums[v] = Vec<T>{};
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < words; ++k) {
+    const T word = load_word(a + k * Factors<F>::kInWord);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const T* b = panels + (v / 2) * depth * kPanel + (v % 2) * kWidth;
-      sums[v].value += a[k] * load_as<Vec<T>>(b + k * kPanel).value;
+      const T* b = panels + (v / 2) * words * kPanel + (v % 2) * kWidth;
+      sums[v] = Factors<F>::add_product(sums[v], word, load_as<Vec<T>>(b + k * kPanel));
     }
   }
 #pragma GCC unroll 8
@@ -105,22 +206,23 @@ void multiply_row(const T* a, const T* panels, int64_t depth, T* c, Into into) {
 }
 
 // The tile kernels by their number of rows.
-template <class T, bool kTransposed>
+template <class F, bool kTransposed>
 struct TileKernels {
-  using Kernel = void (*)(LeftOperand<T>, const T*, int64_t, T*, int64_t, Into);
+  using T = SumOf<F>;
+  using Kernel = void (*)(LeftOperand<F>, const T*, int64_t, T*, int64_t, Into);
   static constexpr int kMost = Tiling<T>::kTileRows;
   Kernel by_rows[2][kMost + 1] = {};
 
   constexpr TileKernels() { fill<1>(); }
   template <int kRows>
   constexpr void fill() {
-    by_rows[0][kRows] = &multiply_tile<T, kRows, 1, kTransposed>;
-    by_rows[1][kRows] = &multiply_tile<T, kRows, 2, kTransposed>;
+    by_rows[0][kRows] = &multiply_tile<F, kRows, 1, kTransposed>;
+    by_rows[1][kRows] = &multiply_tile<F, kRows, 2, kTransposed>;
     if constexpr (kRows < kMost) fill<kRows + 1>();
   }
 };
-template <class T, bool kTransposed>
-inline constexpr TileKernels<T, kTransposed> kTileKernels{};
+template <class F, bool kTransposed>
+inline constexpr TileKernels<F, kTransposed> kTileKernels{};
 
 // Rows in tiles of nearly equal height.
 HOST_DEVICE int64_t tile_height(int64_t rows, int64_t most) {
@@ -129,69 +231,104 @@ HOST_DEVICE int64_t tile_height(int64_t rows, int64_t most) {
 }
 
 // C[rows, columns] with whole vectors: c must have room for padded_columns(columns).
-template <class T>
-void multiply(LeftOperand<T> a, int64_t rows, const T* panels, int64_t columns, int64_t depth, T* c,
-              int64_t c_stride, Into into) {
+template <class F>
+void multiply(LeftOperand<F> a, int64_t rows, const SumOf<F>* panels, int64_t columns,
+              int64_t depth, SumOf<F>* c, int64_t c_stride, Into into) {
+  using T = SumOf<F>;
   constexpr int kPanel = Tiling<T>::kPanel;
-  const int64_t height = tile_height(rows, Tiling<T>::kTileRows);
+  const int64_t words = words_of<F>(depth), height = tile_height(rows, Tiling<T>::kTileRows);
   int64_t column = 0;
   for (; rows == 1 && column + kRowPanels * kPanel <= columns; column += kRowPanels * kPanel) {
-    multiply_row(a.rows, panels + depth * column, depth, c + column, into);
+    multiply_row<F>(a.rows, panels + words * column, words, c + column, into);
   }
   for (; column < columns; column += kPanel) {
     const int vectors = columns - column > Tiling<T>::kWidth ? 2 : 1;
     for (int64_t row = 0; row < rows; row += height) {
       const int64_t count = rows - row < height ? rows - row : height;
-      kTileKernels<T, false>.by_rows[vectors - 1][count](
-          {a.rows + row * a.row_stride, a.row_stride}, panels + depth * column, depth,
+      kTileKernels<F, false>.by_rows[vectors - 1][count](
+          {a.rows + row * a.row_stride, a.row_stride}, panels + words * column, words,
           c + row * c_stride + column, c_stride, into);
     }
   }
 }
 
-// C[rows, columns] += A^T * B where A [depth, rows] is stored by its rows, `stride` apart.
-// `scratch` has room for depth * rows.
-template <class T>
-void multiply_transposed(const T* a, int64_t stride, int64_t rows, const T* panels, int64_t columns,
-                         int64_t depth, T* c, int64_t c_stride, T* scratch) {
-  constexpr int kPanel = Tiling<T>::kPanel;
-  const int64_t height = tile_height(rows, Tiling<T>::kTileRows);
-  for (int64_t k = 0; k < depth; ++k) {
-    const T* source = a + k * stride;
-    for (int64_t row = 0; row < rows; row += height) {
-      const int64_t count = rows - row < height ? rows - row : height;
-      T* target = scratch + depth * row + k * count;
-      for (int64_t i = 0; i < count; ++i) target[i] = source[row + i];
-    }
+// The rows of B [depth, ...] that make its word k; row_of(i) is where row i begins. Rows are asked
+// for in their order.
+template <class F, class RowOf, class Row>
+HOST_DEVICE void rows_of_word(const RowOf& row_of, int64_t k, int64_t depth, Row* rows) {
+  for (int i = 0; i < Factors<F>::kInWord; ++i) {
+    const int64_t row = k * Factors<F>::kInWord + i;
+    rows[i] = row < depth ? row_of(row) : nullptr;
   }
-  for (int64_t column = 0; column < columns; column += kPanel) {
-    const int vectors = columns - column > Tiling<T>::kWidth ? 2 : 1;
-    for (int64_t row = 0; row < rows; row += height) {
-      const int64_t count = rows - row < height ? rows - row : height;
-      kTileKernels<T, true>.by_rows[vectors - 1][count](
-          {scratch + depth * row, 1}, panels + depth * column, depth, c + row * c_stride + column,
-          c_stride, Into::kAdd);
+}
+
+// Factors that multiply_transposed needs as its scratch.
+template <class F>
+HOST_DEVICE int64_t transposed_scratch(int64_t depth) {
+  constexpr int kWidth = Vec<SumOf<F>>::kWidth, kBlockRows = Tiling<SumOf<F>>::kBlockRows;
+  return (words_of<F>(depth) * kBlockRows + kWidth) * Factors<F>::kInWord;
+}
+
+// C[rows, columns] (+)= A^T * B where A [depth, rows] is stored by its rows, `stride` apart and
+// readable for a vector beyond `rows`.
+template <class F>
+void multiply_transposed(const F* a, int64_t stride, int64_t rows, const SumOf<F>* panels,
+                         int64_t columns, int64_t depth, SumOf<F>* c, int64_t c_stride, Into into,
+                         F* scratch) {
+  using T = SumOf<F>;
+  constexpr int kPanel = Tiling<T>::kPanel, kInWord = Factors<F>::kInWord;
+  const int64_t words = words_of<F>(depth);
+  for (int64_t block = 0; block < rows; block += Tiling<T>::kBlockRows) {
+    const int64_t left = rows - block;
+    const int64_t block_rows = left < Tiling<T>::kBlockRows ? left : Tiling<T>::kBlockRows;
+    const int64_t height = tile_height(block_rows, Tiling<T>::kTileRows);
+    for (int64_t row = 0; row < block_rows; row += height) {
+      const int64_t count = block_rows - row < height ? block_rows - row : height;
+      F* target = scratch + words * row * kInWord;
+      for (int64_t k = 0; k < words; ++k, target += count * kInWord) {
+        const F* source[kInWord];
+        rows_of_word<F>([=](int64_t i) { return a + i * stride; }, k, depth, source);
+        // What a vector writes beyond the tile's rows, the next word or tile overwrites.
+        for (int64_t i = 0; i < count; i += Vec<T>::kWidth) {
+          const Vec<T> joined = Factors<F>::joined(source, block + row + i);
+          memcpy(static_cast<void*>(target + i * kInWord), &joined, sizeof joined);
+        }
+      }
+    }
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      const int vectors = columns - column > Tiling<T>::kWidth ? 2 : 1;
+      for (int64_t row = 0; row < block_rows; row += height) {
+        const int64_t count = block_rows - row < height ? block_rows - row : height;
+        kTileKernels<F, true>.by_rows[vectors - 1][count](
+            {scratch + words * row * kInWord, 1}, panels + words * column, words,
+            c + (block + row) * c_stride + column, c_stride, into);
+      }
     }
   }
 }
 
 // Packs columns [begin, end) of B [depth, columns], begin at a panel's edge. row_of(k) is where B's
-// row k begins.
-template <class T, class RowOf>
+// row k begins; rows are asked for in their order.
+template <class F, class RowOf>
 void pack_rows(const RowOf& row_of, int64_t depth, int64_t columns, int64_t begin, int64_t end,
-               T* panels) {
+               SumOf<F>* panels) {
+  using T = SumOf<F>;
   constexpr int kPanel = Tiling<T>::kPanel;
-  for (int64_t k = 0; k < depth; ++k) {
-    const auto* row = row_of(k);
+  const int64_t words = words_of<F>(depth);
+  for (int64_t k = 0; k < words; ++k) {
+    decltype(row_of(k)) rows[Factors<F>::kInWord];
+    rows_of_word<F>(row_of, k, depth, rows);
     for (int64_t column = begin; column < end; column += kPanel) {
       const int64_t left = columns - column;
       const int64_t width = left > Tiling<T>::kWidth ? kPanel : Tiling<T>::kWidth;
-      T* target = panels + depth * column + k * width;
+      T* target = panels + words * column + k * width;
       int64_t i = 0;
       if (left >= width) {
-        for (; i < width; i += Vec<T>::kWidth) store(target + i, load_as<Vec<T>>(row + column + i));
+        for (; i < width; i += Vec<T>::kWidth) {
+          store(target + i, Factors<F>::joined(rows, column + i));
+        }
       } else {
-        for (; i < left; ++i) target[i] = load(row + column + i);
+        for (; i < left; ++i) target[i] = Factors<F>::joined_word(rows, column + i);
         for (; i < width; ++i) target[i] = 0;
       }
     }
@@ -222,28 +359,35 @@ HOST_DEVICE void transpose(Vec<T>* rows) {
 
 // Packs columns [begin, end) of B [depth, columns], begin at a panel's edge, where B's column n is
 // contiguous and begins at column_of(n).
-template <class T, class ColumnOf>
+template <class F, class ColumnOf>
 void pack_columns(const ColumnOf& column_of, int64_t depth, int64_t columns, int64_t begin,
-                  int64_t end, T* panels) {
-  constexpr int kPanel = Tiling<T>::kPanel, kWidth = Vec<T>::kWidth;
+                  int64_t end, SumOf<F>* panels) {
+  using T = SumOf<F>;
+  constexpr int kPanel = Tiling<T>::kPanel, kWidth = Vec<T>::kWidth, kInWord = Factors<F>::kInWord;
+  const int64_t words = words_of<F>(depth), whole = depth / kInWord / kWidth * kWidth;
   for (int64_t column = begin; column < end; column += kPanel) {
     const int64_t left = columns - column;
     const int64_t width = left > kWidth ? kPanel : kWidth;
     for (int64_t half = 0; half < width; half += kWidth) {
-      T* target = panels + depth * column + half;
+      T* target = panels + words * column + half;
       const int64_t there = left - half < kWidth ? left - half : kWidth;
       int64_t k = 0;
-      for (; k + kWidth <= depth; k += kWidth) {
+      for (; k < whole; k += kWidth) {
         Vec<T> square[kWidth];
         for (int i = 0; i < kWidth; ++i) {
-          square[i] = i < there ? load_as<Vec<T>>(column_of(column + half + i) + k) : Vec<T>{};
+          square[i] =
+              i < there ? Factors<F>::along(column_of(column + half + i) + k * kInWord) : Vec<T>{};
         }
         transpose(square);
         for (int i = 0; i < kWidth; ++i) store(target + (k + i) * width, square[i]);
       }
-      for (; k < depth; ++k) {
+      for (; k < words; ++k) {
         for (int64_t i = 0; i < kWidth; ++i) {
-          target[k * width + i] = i < there ? load(column_of(column + half + i) + k) : T(0);
+          const int64_t first = k * kInWord;
+          target[k * width + i] =
+              i < there
+                  ? Factors<F>::word_along(column_of(column + half + i) + first, depth - first)
+                  : T(0);
         }
       }
     }

@@ -10,11 +10,11 @@ FASTOPT_BEGIN_NAMESPACE
 
 namespace {
 
-template <class Storage, template <class, class> class Pass, class Call>
+template <class Storage, template <class> class Pass, class Call>
 void run_pass(const Call& call) {
   using T = ComputeType<Storage>;
   const LstmWalk<T> walk(call.layer);
-  std::vector<Pass<T, Storage>> passes;
+  std::vector<Pass<Storage>> passes;
   passes.reserve(kMaxDirections);
   Workspace space;
   for (int direction = 0; direction < call.layer.directions; ++direction) {
@@ -25,7 +25,7 @@ void run_pass(const Call& call) {
                  [&](int direction, Team team) { passes[direction].run(team); });
 }
 
-template <template <class, class> class Pass, class Call>
+template <template <class> class Pass, class Call>
 void run_in_dtype(const Call& call) {
   switch (call.layer.dtype) {
     case DType::kFloat32:
@@ -48,7 +48,7 @@ int64_t packed_bytes_of(const LstmLayer& layer) {
   using T = ComputeType<Storage>;
   const LstmForward call{layer, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   const LstmWalk<T> walk(layer);
-  return LstmForwardPass<T, Storage>(call, walk, 0).packed_count() * sizeof(T);
+  return LstmForwardPass<Storage>(call, walk, 0).packed_count() * sizeof(T);
 }
 
 template <class Storage>
@@ -57,7 +57,7 @@ void pack_weights(const LstmLayer& layer, void* packed) {
   const LstmForward call{layer, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   const LstmWalk<T> walk(layer);
   run_directions(layer.threads, layer.directions, [&](int direction, Team team) {
-    const LstmForwardPass<T, Storage> pass(call, walk, direction);
+    const LstmForwardPass<Storage> pass(call, walk, direction);
     pass.pack(team, static_cast<T*>(packed) + direction * pass.packed_count());
   });
 }

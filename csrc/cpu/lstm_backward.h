@@ -1,15 +1,19 @@
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/lstm_walk.h"
 
 FASTOPT_BEGIN_NAMESPACE
 
-// The backward pass of one direction; T is the type of the arithmetic. Steps run in the opposite
-// order of the forward pass. The gradients of the gates of a chunk are kept just long enough for
-// the products with them.
-template <class T, class Storage>
+// The backward pass of one direction. Steps run in the opposite order of the forward pass. The
+// gradients of the gates of a chunk are kept just long enough for the products with them.
+template <class Storage>
 class LstmBackwardPass {
  public:
+  using T = ComputeType<Storage>;              // of the arithmetic
+  using F = typename FactorOf<Storage>::type;  // of what is multiplied
+
   LstmBackwardPass(const LstmBackward& call, const LstmWalk<T>& walk, int direction)
       : call_(call),
         layer_(call.layer),
@@ -26,25 +30,29 @@ class LstmBackwardPass {
     output_stride_ = padded_columns<T>(outputs_) + kSkew;
     cell_stride_ = walk_.units + kSkew;
     space.reserve(&no_weights_, inputs_ > outputs_ ? inputs_ : outputs_);
-    space.reserve(&hidden_panels_, walk_.gates * output_stride_);
+    space.reserve(&hidden_panels_, words_of<F>(walk_.gates) * output_stride_);
     space.reserve(&gates_, layer_.chunk_rows * walk_.gate_stride);
     space.reserve(&hidden_gradient_, layer_.batch * output_stride_);
     space.reserve(&cell_gradient_, layer_.batch * cell_stride_);
     if (call_.input_gradient) {
-      space.reserve(&weight_panels_, walk_.gates * input_stride_);
+      space.reserve(&weight_panels_, words_of<F>(walk_.gates) * input_stride_);
       space.reserve(&input_gradients_, layer_.chunk_rows * input_stride_);
     }
-    space.reserve(&scratch_, layer_.chunk_rows * (walk_.gates + output_stride_));
-    space.reserve(&panels_, layer_.chunk_rows * (input_stride_ + output_stride_ + cell_stride_));
-    if (wanted_.input) space.reserve(&input_sums_, walk_.gates * input_stride_);
-    if (wanted_.hidden) space.reserve(&hidden_sums_, walk_.gates * output_stride_);
+    scratch_size_ = transposed_scratch<F>(layer_.chunk_rows);
+    space.reserve(&scratch_, layer_.threads * scratch_size_);
+    const int64_t words = words_of<F>(layer_.chunk_rows);
+    space.reserve(&input_factors_, words * input_stride_);
+    space.reserve(&output_factors_, words * output_stride_);
+    reserve_sums(space, wanted_.input, walk_.gates, inputs_, input_stride_, input_sums_);
+    reserve_sums(space, wanted_.hidden, walk_.gates, outputs_, output_stride_, hidden_sums_);
     if (wants_bias()) space.reserve(&bias_sums_, walk_.gates);
     if (projected()) {
-      space.reserve(&projection_panels_, outputs_ * cell_stride_);
+      space.reserve(&projection_panels_, words_of<F>(outputs_) * cell_stride_);
       space.reserve(&output_gradients_, layer_.chunk_rows * output_stride_);
       space.reserve(&unprojected_gradients_, layer_.batch * cell_stride_);
       space.reserve(&unprojected_, layer_.chunk_rows * cell_stride_);
-      space.reserve(&projection_sums_, outputs_ * cell_stride_);
+      space.reserve(&unprojected_factors_, words * cell_stride_);
+      reserve_sums(space, wanted_.projection, outputs_, hidden_, cell_stride_, projection_sums_);
     }
   }
 
@@ -64,7 +72,7 @@ class LstmBackwardPass {
         pack_unprojected(team, begin, end);
         team.wait();
       }
-      multiply_chunk(team, begin, end);
+      multiply_chunk(team, begin, end, i == 0 ? Into::kReplace : Into::kAdd);
       team.wait();
     }
     finish(team);
@@ -80,9 +88,32 @@ class LstmBackwardPass {
     return static_cast<const Storage*>(weights) + (gate * hidden_ + unit) * depth;
   }
 
-  static void zero(T* values, int64_t count, Team team) {
-    const Range part = team.share(count, 64);
-    for (int64_t i = part.begin; i < part.end; ++i) values[i] = 0;
+  // The gradient of a weight while it is summed: in place, where it has the type of the sums and
+  // whole vectors.
+  struct Sums {
+    T* values = nullptr;
+    int64_t stride = 0;
+    bool in_place = false;
+  };
+
+  void reserve_sums(Workspace& space, void* wanted, int64_t rows, int64_t columns, int64_t stride,
+                    Sums& sums) {
+    if (!wanted) return;
+    sums.in_place =
+        std::is_same<T, Storage>::value && columns % Vec<T>::kWidth == 0 && walk_.units == hidden_;
+    if (sums.in_place) {
+      sums.values = static_cast<T*>(wanted);
+      sums.stride = columns;
+    } else {
+      sums.stride = stride;
+      space.reserve(&sums.values, rows * stride);
+    }
+  }
+
+  static void copy_sums(const Sums& sums, int64_t from, int64_t columns, void* wanted, int64_t to) {
+    if (!wanted || sums.in_place) return;
+    convert_row(sums.values + from * sums.stride, columns,
+                static_cast<Storage*>(wanted) + to * columns);
   }
 
   void prepare(Team team) {
@@ -92,28 +123,28 @@ class LstmBackwardPass {
       }
     }
     if (walk_.units != hidden_) {
-      zero(gates_, layer_.chunk_rows * walk_.gate_stride, team);
+      const Range part = team.share(layer_.chunk_rows * walk_.gate_stride, 64);
+      for (int64_t i = part.begin; i < part.end; ++i) store(gates_ + i, T(0));
       team.wait();
     }
     const LstmLayer::Weights& weights = layer_.weights[direction_];
     const Range outputs = team.share(outputs_, Tiling<T>::kPanel);
-    pack_rows<T>([&](int64_t k) { return gate_row(weights.hidden, k, outputs_); }, walk_.gates,
+    pack_rows<F>([&](int64_t k) { return gate_row(weights.hidden, k, outputs_); }, walk_.gates,
                  outputs_, outputs.begin, outputs.end, hidden_panels_);
     if (call_.input_gradient) {
       const Range inputs = team.share(inputs_, Tiling<T>::kPanel);
-      pack_rows<T>([&](int64_t k) { return gate_row(weights.input, k, inputs_); }, walk_.gates,
+      pack_rows<F>([&](int64_t k) { return gate_row(weights.input, k, inputs_); }, walk_.gates,
                    inputs_, inputs.begin, inputs.end, weight_panels_);
     }
     if (projected()) {
       const Storage* rows = static_cast<const Storage*>(weights.projection);
       const Range units = team.share(hidden_, Tiling<T>::kPanel);
-      pack_rows<T>([&](int64_t k) { return rows + k * hidden_; }, outputs_, hidden_, units.begin,
+      pack_rows<F>([&](int64_t k) { return rows + k * hidden_; }, outputs_, hidden_, units.begin,
                    units.end, projection_panels_);
-      zero(projection_sums_, outputs_ * cell_stride_, team);
+      if (team.rank == 0) {
+        fill_last_words(output_gradients_, layer_.chunk_rows, output_stride_, outputs_);
+      }
     }
-    if (wanted_.input) zero(input_sums_, walk_.gates * input_stride_, team);
-    if (wanted_.hidden) zero(hidden_sums_, walk_.gates * output_stride_, team);
-    if (wants_bias()) zero(bias_sums_, walk_.gates, team);
     const Range rows = team.share(layer_.batch);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t place = direction_ * layer_.batch + row;
@@ -149,16 +180,16 @@ class LstmBackwardPass {
     T* hidden_gradient = hidden_gradient_;
     int64_t hidden_gradient_stride = output_stride_;
     if (projected()) {
-      T* totals = output_gradients_ + chunk_row * output_stride_;
+      F* totals = output_gradients_ + chunk_row * output_stride_;
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = start + i * spacing;
         add_output_gradient(hidden_gradient_ + row * output_stride_, first + row, columns,
                             totals + row * output_stride_);
       }
       if (!by_rows) team.wait();
-      multiply<T>({totals + start * output_stride_, spacing * output_stride_}, rows,
-                  projection_panels_ + outputs_ * units.begin, units.end - units.begin, outputs_,
-                  unprojected_gradients_ + start * cell_stride_ + units.begin,
+      multiply<F>({totals + start * output_stride_, spacing * output_stride_}, rows,
+                  projection_panels_ + words_of<F>(outputs_) * units.begin, units.end - units.begin,
+                  outputs_, unprojected_gradients_ + start * cell_stride_ + units.begin,
                   spacing * cell_stride_, Into::kReplace);
       hidden_gradient = unprojected_gradients_;
       hidden_gradient_stride = cell_stride_;
@@ -168,16 +199,17 @@ class LstmBackwardPass {
       step_cells(t, row, chunk_row + row, hidden_gradient + row * hidden_gradient_stride, units);
     }
     if (!by_rows) team.wait();
-    multiply<T>({gates_ + (chunk_row + start) * walk_.gate_stride, spacing * walk_.gate_stride},
-                rows, hidden_panels_ + walk_.gates * columns.begin, columns.end - columns.begin,
-                walk_.gates, hidden_gradient_ + start * output_stride_ + columns.begin,
-                spacing * output_stride_, Into::kReplace);
+    multiply<F>({gates_ + (chunk_row + start) * walk_.gate_stride, spacing * walk_.gate_stride},
+                rows, hidden_panels_ + words_of<F>(walk_.gates) * columns.begin,
+                columns.end - columns.begin, walk_.gates,
+                hidden_gradient_ + start * output_stride_ + columns.begin, spacing * output_stride_,
+                Into::kReplace);
   }
 
-  void add_output_gradient(const T* carried, int64_t token, Range columns, T* total) const {
+  void add_output_gradient(const T* carried, int64_t token, Range columns, F* total) const {
     const Storage* outside = output_gradient(token);
     for (int64_t i = columns.begin; i < columns.end; ++i) {
-      total[i] = outside ? carried[i] + load(outside + i) : carried[i];
+      store(total + i, outside ? carried[i] + load(outside + i) : carried[i]);
     }
   }
 
@@ -195,8 +227,8 @@ class LstmBackwardPass {
         earlier < 0 ? nullptr
                     : cells + (direction_ * layer_.tokens + earlier) * hidden_ + part.begin;
     const Storage* outside = projected() ? nullptr : output_gradient(token);
-    T* target = gates_ + chunk_row * walk_.gate_stride + part.begin;
-    T* unprojected = projected() ? unprojected_ + chunk_row * cell_stride_ + part.begin : nullptr;
+    F* target = gates_ + chunk_row * walk_.gate_stride + part.begin;
+    F* unprojected = projected() ? unprojected_ + chunk_row * cell_stride_ + part.begin : nullptr;
     T* cell_gradient_here = cell_gradient_ + row * cell_stride_ + part.begin;
     hidden_gradient += part.begin;
     if (outside) outside += part.begin;
@@ -246,7 +278,7 @@ class LstmBackwardPass {
         at.move_to(first + k);
         return walk_.template input_row<Storage>(at.t, at.row);
       };
-      pack_rows<T>(input, depth, inputs_, part.begin, part.end, panels_);
+      pack_rows<F>(input, depth, inputs_, part.begin, part.end, input_factors_);
     }
     if (wanted_.hidden) {
       const Range part = team.share(outputs_, Tiling<T>::kPanel);
@@ -255,50 +287,39 @@ class LstmBackwardPass {
         at.move_to(first + k);
         return earlier_output(at.t, at.row);
       };
-      pack_rows<T>(earlier, depth, outputs_, part.begin, part.end,
-                   panels_ + layer_.chunk_rows * input_stride_);
+      pack_rows<F>(earlier, depth, outputs_, part.begin, part.end, output_factors_);
     }
   }
 
   void pack_unprojected(Team team, int64_t begin, int64_t end) {
     const int64_t depth = layer_.first_token[end] - layer_.first_token[begin];
     const Range part = team.share(hidden_, Tiling<T>::kPanel);
-    pack_rows<T>([&](int64_t k) { return unprojected_ + k * cell_stride_; }, depth, hidden_,
-                 part.begin, part.end,
-                 panels_ + layer_.chunk_rows * (input_stride_ + output_stride_));
+    pack_rows<F>([&](int64_t k) { return unprojected_ + k * cell_stride_; }, depth, hidden_,
+                 part.begin, part.end, unprojected_factors_);
   }
 
-  void multiply_chunk(Team team, int64_t begin, int64_t end) {
+  void multiply_chunk(Team team, int64_t begin, int64_t end, Into into) {
     const int64_t first = layer_.first_token[begin], depth = layer_.first_token[end] - first;
     const Range part = team.share(walk_.gates, Tiling<T>::kTileRows);
-    const int64_t count = part.end - part.begin;
-    T* scratch = scratch_ + layer_.chunk_rows * part.begin;
-    if (wanted_.input) {
-      multiply_transposed<T>(gates_ + part.begin, walk_.gate_stride, count, panels_, inputs_, depth,
-                             input_sums_ + part.begin * input_stride_, input_stride_, scratch);
-    }
-    if (wanted_.hidden) {
-      multiply_transposed<T>(gates_ + part.begin, walk_.gate_stride, count,
-                             panels_ + layer_.chunk_rows * input_stride_, outputs_, depth,
-                             hidden_sums_ + part.begin * output_stride_, output_stride_, scratch);
-    }
-    if (wants_bias()) {
-      for (int64_t k = 0; k < depth; ++k) {
-        const T* row = gates_ + k * walk_.gate_stride;
-        for (int64_t i = part.begin; i < part.end; ++i) bias_sums_[i] += row[i];
-      }
-    }
-    if (projected() && wanted_.projection) {
+    F* scratch = scratch_ + team.rank * scratch_size_;
+    const auto add_products = [&](const F* rows, int64_t row_stride, Range mine, const T* factors,
+                                  int64_t columns, const Sums& sums) {
+      if (!sums.values) return;
+      multiply_transposed<F>(rows + mine.begin, row_stride, mine.end - mine.begin, factors, columns,
+                             depth, sums.values + mine.begin * sums.stride, sums.stride, into,
+                             scratch);
+    };
+    add_products(gates_, walk_.gate_stride, part, input_factors_, inputs_, input_sums_);
+    add_products(gates_, walk_.gate_stride, part, output_factors_, outputs_, hidden_sums_);
+    if (projected()) {
       const Range outputs = team.share(outputs_, Tiling<T>::kTileRows);
-      multiply_transposed<T>(
-          output_gradients_ + outputs.begin, output_stride_, outputs.end - outputs.begin,
-          panels_ + layer_.chunk_rows * (input_stride_ + output_stride_), hidden_, depth,
-          projection_sums_ + outputs.begin * cell_stride_, cell_stride_,
-          scratch_ + layer_.chunk_rows * (walk_.gates + outputs.begin));
+      add_products(output_gradients_, output_stride_, outputs, unprojected_factors_, hidden_,
+                   projection_sums_);
     }
+    if (wants_bias()) add_biases(part, depth, into);
     if (!call_.input_gradient) return;
     const Range rows = team.share(depth);
-    multiply<T>({gates_ + rows.begin * walk_.gate_stride, walk_.gate_stride}, rows.end - rows.begin,
+    multiply<F>({gates_ + rows.begin * walk_.gate_stride, walk_.gate_stride}, rows.end - rows.begin,
                 weight_panels_, inputs_, walk_.gates, input_gradients_ + rows.begin * input_stride_,
                 input_stride_, Into::kReplace);
     Storage* target = static_cast<Storage*>(call_.input_gradient) +
@@ -308,28 +329,30 @@ class LstmBackwardPass {
     }
   }
 
+  void add_biases(Range part, int64_t depth, Into into) {
+    for_each_lanes<T>(part.end - part.begin, [&](int64_t i, auto lanes) {
+      using V = decltype(lanes);
+      T* target = bias_sums_ + part.begin + i;
+      V sum = into == Into::kAdd ? load_as<V>(target) : V{};
+      const F* column = gates_ + part.begin + i;
+      for (int64_t k = 0; k < depth; ++k) sum = sum + load_as<V>(column + k * walk_.gate_stride);
+      store(target, sum);
+    });
+  }
+
   void finish(Team team) {
     const Range gates = team.share(4 * hidden_);
     for (int64_t i = gates.begin; i < gates.end; ++i) {
       const int64_t padded = i / hidden_ * walk_.units + i % hidden_;
-      if (wanted_.input) {
-        convert_row(input_sums_ + padded * input_stride_, inputs_,
-                    static_cast<Storage*>(wanted_.input) + i * inputs_);
-      }
-      if (wanted_.hidden) {
-        convert_row(hidden_sums_ + padded * output_stride_, outputs_,
-                    static_cast<Storage*>(wanted_.hidden) + i * outputs_);
-      }
+      copy_sums(input_sums_, padded, inputs_, wanted_.input, i);
+      copy_sums(hidden_sums_, padded, outputs_, wanted_.hidden, i);
       for (void* bias : {wanted_.input_bias, wanted_.hidden_bias}) {
         if (bias) store(static_cast<Storage*>(bias) + i, bias_sums_[padded]);
       }
     }
-    if (projected() && wanted_.projection) {
-      const Range outputs = team.share(outputs_);
-      for (int64_t i = outputs.begin; i < outputs.end; ++i) {
-        convert_row(projection_sums_ + i * cell_stride_, hidden_,
-                    static_cast<Storage*>(wanted_.projection) + i * hidden_);
-      }
+    const Range outputs = projected() ? team.share(outputs_) : Range{0, 0};
+    for (int64_t i = outputs.begin; i < outputs.end; ++i) {
+      copy_sums(projection_sums_, i, hidden_, wanted_.projection, i);
     }
     const Range rows = team.share(layer_.batch);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -356,19 +379,22 @@ class LstmBackwardPass {
   T* hidden_panels_;          // W_hh, of depth gates
   T* weight_panels_;          // W_ih, of depth gates
   T* projection_panels_;      // W_hr, of depth output_size
-  T* gates_;                  // [chunk_rows, gates], gradients of the pre-activations
+  F* gates_;                  // [chunk_rows, gates], gradients of the pre-activations
   T* input_gradients_;        // [chunk_rows, input_size]
   T* hidden_gradient_;        // [batch, output_size]
   T* cell_gradient_;          // [batch, units]
-  T* output_gradients_;       // [chunk_rows, output_size], from outside and from later steps
+  F* output_gradients_;       // [chunk_rows, output_size], from outside and from later steps
   T* unprojected_gradients_;  // [batch, units]
-  T* unprojected_;            // [chunk_rows, units]: o * tanh(c)
-  T* panels_;                 // of depth chunk rows: inputs, earlier outputs, o * tanh(c)
-  T* scratch_;
-  T* input_sums_;  // [gates, input_size]
-  T* hidden_sums_;
+  F* unprojected_;            // [chunk_rows, units]: o * tanh(c)
+  T* input_factors_;          // panels of depth chunk rows: inputs, earlier outputs, o * tanh(c)
+  T* output_factors_;
+  T* unprojected_factors_;
+  F* scratch_;  // [threads, scratch_size_]
+  int64_t scratch_size_;
+  Sums input_sums_;  // [gates, input_size]
+  Sums hidden_sums_;
+  Sums projection_sums_;  // [output_size, units]
   T* bias_sums_;
-  T* projection_sums_;  // [output_size, units]
 };
 
 FASTOPT_END_NAMESPACE

@@ -4,10 +4,13 @@
 
 FASTOPT_BEGIN_NAMESPACE
 
-// The forward pass of one direction; T is the type of the arithmetic.
-template <class T, class Storage>
+// The forward pass of one direction.
+template <class Storage>
 class LstmForwardPass {
  public:
+  using T = ComputeType<Storage>;              // of the arithmetic
+  using F = typename FactorOf<Storage>::type;  // of what is multiplied
+
   LstmForwardPass(const LstmForward& call, const LstmWalk<T>& walk, int direction)
       : call_(call), layer_(call.layer), walk_(walk), direction_(direction) {}
 
@@ -28,15 +31,17 @@ class LstmForwardPass {
     space.reserve(&cells_, layer_.batch * cell_stride_);
     if (projected()) {
       space.reserve(&unprojected_, layer_.batch * cell_stride_);
+      space.reserve(&projections_, layer_.batch * hidden_stride_);
     }
   }
 
-  // Numbers in the packed weights of one direction: input_panels, hidden_panels, the sum of the
+  // Words in the packed weights of one direction: input_panels, hidden_panels, the sum of the
   // biases and projection_panels, one after the other.
   int64_t packed_count() const {
     const int64_t projection =
-        projected() ? layer_.hidden_size * padded_columns<T>(layer_.output_size) : 0;
-    return (layer_.input_size + layer_.output_size + 1) * walk_.gates + projection;
+        projected() ? words_of<F>(layer_.hidden_size) * padded_columns<T>(layer_.output_size) : 0;
+    const int64_t rows = words_of<F>(layer_.input_size) + words_of<F>(layer_.output_size) + 1;
+    return rows * walk_.gates + projection;
   }
 
   void run(Team team) {
@@ -63,17 +68,17 @@ class LstmForwardPass {
   void pack(Team team, T* packed) const {
     const LstmLayer::Weights& weights = layer_.weights[direction_];
     const int64_t hidden = layer_.hidden_size, outputs = layer_.output_size;
-    T* hidden_panels = packed + layer_.input_size * walk_.gates;
-    T* bias = hidden_panels + outputs * walk_.gates;
+    T* hidden_panels = packed + words_of<F>(layer_.input_size) * walk_.gates;
+    T* bias = hidden_panels + words_of<F>(outputs) * walk_.gates;
     const Range part = team.share(hidden, Tiling<T>::kPanel);
-    pack_gate_columns<T, Storage>(weights.input, layer_.input_size, hidden, walk_.units, part,
+    pack_gate_columns<F, Storage>(weights.input, layer_.input_size, hidden, walk_.units, part,
                                   packed);
-    pack_gate_columns<T, Storage>(weights.hidden, outputs, hidden, walk_.units, part,
+    pack_gate_columns<F, Storage>(weights.hidden, outputs, hidden, walk_.units, part,
                                   hidden_panels);
     if (projected()) {
       const Storage* rows = static_cast<const Storage*>(weights.projection);
       const Range columns = team.share(outputs, Tiling<T>::kPanel);
-      pack_columns<T>([=](int64_t n) { return rows + n * hidden; }, hidden, outputs, columns.begin,
+      pack_columns<F>([=](int64_t n) { return rows + n * hidden; }, hidden, outputs, columns.begin,
                       columns.end, bias + walk_.gates);
     }
     if (team.rank == 0) {
@@ -91,8 +96,10 @@ class LstmForwardPass {
   bool projected() const { return layer_.weights[direction_].projection != nullptr; }
 
   const T* input_panels() const { return call_.packed ? packed_ : own_packed_; }
-  const T* hidden_panels() const { return input_panels() + layer_.input_size * walk_.gates; }
-  const T* bias() const { return hidden_panels() + layer_.output_size * walk_.gates; }
+  const T* hidden_panels() const {
+    return input_panels() + words_of<F>(layer_.input_size) * walk_.gates;
+  }
+  const T* bias() const { return hidden_panels() + words_of<F>(layer_.output_size) * walk_.gates; }
   const T* projection_panels() const { return bias() + walk_.gates; }
 
   void start_states(Team team) {
@@ -105,6 +112,14 @@ class LstmForwardPass {
       convert_row(h, outputs, hidden_[0] + row * hidden_stride_);
       convert_row(h, outputs, hidden_[1] + row * hidden_stride_);
       convert_row(c, hidden, cells_ + row * cell_stride_);
+    }
+    for (F* states : hidden_) {
+      fill_last_words(states + rows.begin * hidden_stride_, rows.end - rows.begin, hidden_stride_,
+                      outputs);
+    }
+    if (projected()) {
+      fill_last_words(unprojected_ + rows.begin * cell_stride_, rows.end - rows.begin, cell_stride_,
+                      hidden);
     }
   }
 
@@ -119,19 +134,22 @@ class LstmForwardPass {
                   inputs_ + row * input_stride_);
       convert_row(bias(), walk_.gates, gates_ + row * walk_.gate_stride);
     }
+    fill_last_words(inputs_ + rows.begin * input_stride_, rows.end - rows.begin, input_stride_,
+                    layer_.input_size);
     for (int gate = 0; gate < 4; ++gate) {
-      multiply<T>({inputs_ + rows.begin * input_stride_, input_stride_}, rows.end - rows.begin,
-                  input_panels() + layer_.input_size * gate * walk_.units, layer_.hidden_size,
-                  layer_.input_size, gates_ + rows.begin * walk_.gate_stride + gate * walk_.units,
-                  walk_.gate_stride, Into::kAdd);
+      multiply<F>({inputs_ + rows.begin * input_stride_, input_stride_}, rows.end - rows.begin,
+                  input_panels() + words_of<F>(layer_.input_size) * gate * walk_.units,
+                  layer_.hidden_size, layer_.input_size,
+                  gates_ + rows.begin * walk_.gate_stride + gate * walk_.units, walk_.gate_stride,
+                  Into::kAdd);
     }
   }
 
   void step(Team team, int64_t t, int64_t first_of_chunk, int parity) {
     const int64_t active = layer_.batch_sizes[t];
     const int64_t first = layer_.first_token[t];
-    const T* before = hidden_[parity];
-    T* after = hidden_[parity ^ 1];
+    const F* before = hidden_[parity];
+    F* after = hidden_[parity ^ 1];
     T* gates = gates_ + (first - first_of_chunk) * walk_.gate_stride;
     const bool by_rows = walk_.shares_rows(team.size);
     // A thread's rows lie team.size apart: when sequences end, all lose rows alike.
@@ -140,16 +158,16 @@ class LstmForwardPass {
     const Range units =
         by_rows ? Range{0, layer_.hidden_size} : team.share(layer_.hidden_size, Tiling<T>::kPanel);
     constexpr int64_t kPanel = Tiling<T>::kPanel;
-    T* cell_outputs = projected() ? unprojected_ : after;
+    F* cell_outputs = projected() ? unprojected_ : after;
     const int64_t cell_output_stride = projected() ? cell_stride_ : hidden_stride_;
     // With many rows, the gates of a panel's units are still in the L1 cache for the cells.
     const int64_t block = rows > 1 ? kPanel : units.end - units.begin;
     for (int64_t unit = units.begin; unit < units.end; unit += block) {
       const int64_t width = units.end - unit < block ? units.end - unit : block;
       for (int gate = 0; gate < 4; ++gate) {
-        multiply<T>({before + start * hidden_stride_, spacing * hidden_stride_}, rows,
-                    hidden_panels() + layer_.output_size * (gate * walk_.units + unit), width,
-                    layer_.output_size,
+        multiply<F>({before + start * hidden_stride_, spacing * hidden_stride_}, rows,
+                    hidden_panels() + words_of<F>(layer_.output_size) * (gate * walk_.units + unit),
+                    width, layer_.output_size,
                     gates + start * walk_.gate_stride + gate * walk_.units + unit,
                     spacing * walk_.gate_stride, Into::kAdd);
       }
@@ -163,26 +181,29 @@ class LstmForwardPass {
       if (!by_rows) team.wait();
       const Range columns =
           by_rows ? Range{0, layer_.output_size} : team.share(layer_.output_size, kPanel);
-      multiply<T>({unprojected_ + start * cell_stride_, spacing * cell_stride_}, rows,
-                  projection_panels() + layer_.hidden_size * columns.begin,
+      multiply<F>({unprojected_ + start * cell_stride_, spacing * cell_stride_}, rows,
+                  projection_panels() + words_of<F>(layer_.hidden_size) * columns.begin,
                   columns.end - columns.begin, layer_.hidden_size,
-                  after + start * hidden_stride_ + columns.begin, spacing * hidden_stride_,
+                  projections_ + start * hidden_stride_ + columns.begin, spacing * hidden_stride_,
                   Into::kReplace);
+      const int64_t width = columns.end - columns.begin;
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = start + i * spacing;
-        write_output(after + row * hidden_stride_ + columns.begin, first + row, columns.begin,
-                     columns.end - columns.begin);
+        const int64_t place = row * hidden_stride_ + columns.begin;
+        convert_row(projections_ + place, width, after + place);
+        convert_row(projections_ + place, width, output_row(first + row) + columns.begin);
       }
     }
     if (!by_rows) team.wait();
   }
 
-  void advance_cells(T* gates, T* cells, T* outputs, int64_t token, int64_t unit, int64_t width) {
+  void advance_cells(T* gates, T* cells, F* outputs, int64_t token, int64_t unit, int64_t width) {
     const int64_t place = direction_ * layer_.tokens + token, hidden = layer_.hidden_size;
     Storage* saved_gates = static_cast<Storage*>(call_.saved_gates);
     T* saved_cells = static_cast<T*>(call_.saved_cells);
     if (saved_gates) saved_gates += place * 4 * hidden + unit;
     if (saved_cells) saved_cells += place * hidden + unit;
+    Storage* output = projected() ? nullptr : output_row(token) + unit;
     for_each_lanes<T>(width, [&](int64_t i, auto lanes) {
       using V = decltype(lanes);
       const T* pre = gates + i;
@@ -192,7 +213,9 @@ class LstmForwardPass {
                                     load_as<V>(pre + 2 * units), load_as<V>(pre + 3 * units)});
       const V cell = next_cell(now, load_as<V>(cells + i));
       store(cells + i, cell);
-      store(outputs + i, hidden_of<T>(now, cell));
+      const V state = hidden_of<T>(now, cell);
+      store(outputs + i, state);
+      if (output) store(output + i, state);
       if (!saved_gates) return;
       store(saved_gates + i, now.input);
       store(saved_gates + hidden + i, now.forget);
@@ -200,13 +223,11 @@ class LstmForwardPass {
       store(saved_gates + 3 * hidden + i, now.output);
       store(saved_cells + i, cell);
     });
-    if (!projected()) write_output(outputs, token, unit, width);
   }
 
-  void write_output(T* values, int64_t token, int64_t column, int64_t width) {
-    Storage* target = static_cast<Storage*>(call_.output) +
-                      (token * layer_.directions + direction_) * layer_.output_size + column;
-    convert_row(values, width, target);
+  Storage* output_row(int64_t token) const {
+    return static_cast<Storage*>(call_.output) +
+           (token * layer_.directions + direction_) * layer_.output_size;
   }
 
   void write_final_states(Team team) {
@@ -217,8 +238,7 @@ class LstmForwardPass {
       while (layer_.batch_sizes[last] <= row) --last;
       const int64_t token = direction_ == 0 ? layer_.first_token[last] + row : row;
       const int64_t place = direction_ * layer_.batch + row;
-      const Storage* source = static_cast<const Storage*>(call_.output) +
-                              (token * layer_.directions + direction_) * outputs;
+      const Storage* source = output_row(token);
       Storage* h = static_cast<Storage*>(call_.final_hidden) + place * outputs;
       for (int64_t i = 0; i < outputs; ++i) h[i] = source[i];
       convert_row(cells_ + row * cell_stride_, layer_.hidden_size,
@@ -233,11 +253,12 @@ class LstmForwardPass {
   int64_t input_stride_, hidden_stride_, cell_stride_;
   const T* packed_;  // the caller's, or own_packed_
   T* own_packed_;
-  T* inputs_;       // [chunk_rows, input_size]
+  F* inputs_;       // [chunk_rows, input_size]
   T* gates_;        // [chunk_rows, gates]
-  T* hidden_[2];    // [batch, output_size], of even and of odd steps
+  F* hidden_[2];    // [batch, output_size], of even and of odd steps
   T* cells_;        // [batch, units]
-  T* unprojected_;  // [batch, units]
+  F* unprojected_;  // [batch, units]
+  T* projections_;  // [batch, output_size]
 };
 
 FASTOPT_END_NAMESPACE

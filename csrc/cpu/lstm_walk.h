@@ -89,14 +89,14 @@ struct TokenCursor {
 };
 
 // Columns [begin, end) of every gate of W [G, depth], transposed and packed: the panels of gate g
-// begin at depth * g * units.
-template <class T, class Storage>
+// begin at words_of(depth) * g * units.
+template <class F, class Storage>
 void pack_gate_columns(const void* weights, int64_t depth, int64_t hidden, int64_t units,
-                       Range part, T* panels) {
+                       Range part, SumOf<F>* panels) {
   for (int gate = 0; gate < 4; ++gate) {
     const Storage* rows = static_cast<const Storage*>(weights) + gate * hidden * depth;
-    pack_columns<T>([=](int64_t n) { return rows + n * depth; }, depth, hidden, part.begin,
-                    part.end, panels + depth * gate * units);
+    pack_columns<F>([=](int64_t n) { return rows + n * depth; }, depth, hidden, part.begin,
+                    part.end, panels + words_of<F>(depth) * gate * units);
   }
 }
 
@@ -106,6 +106,13 @@ void convert_row(const From* source, int64_t count, To* target) {
   for_each_lanes<T>(count, [&](int64_t i, auto lanes) {
     store(target + i, load_as<decltype(lanes)>(source + i));
   });
+}
+
+// Zeros for what fills up the last word of each row, `count` factors long.
+template <class F>
+void fill_last_words(F* rows, int64_t row_count, int64_t row_stride, int64_t count) {
+  if (count % Factors<F>::kInWord == 0) return;
+  for (int64_t row = 0; row < row_count; ++row) store(rows + row * row_stride + count, SumOf<F>(0));
 }
 
 // Runs body(direction, team) with the directions side by side where the threads can be halved.
