@@ -66,21 +66,26 @@ HOST_DEVICE float with_sign_of(float magnitude, float sign) {
 HOST_DEVICE double with_sign_of(double magnitude, double sign) {
   return std::copysign(magnitude, sign);
 }
+// Bounds that leave a NaN alone.
+HOST_DEVICE float at_least(float x, float bound) { return x < bound ? bound : x; }
+HOST_DEVICE double at_least(double x, double bound) { return x < bound ? bound : x; }
+HOST_DEVICE float at_most(float x, float bound) { return x > bound ? bound : x; }
+HOST_DEVICE double at_most(double x, double bound) { return x > bound ? bound : x; }
 HOST_DEVICE float zero_below(float value, float x, float bound) { return x < bound ? 0.0f : value; }
 HOST_DEVICE double zero_below(double value, double x, double bound) {
   return x < bound ? 0.0 : value;
 }
 
-// e^r - 1 and 2^(n - 1) for x = n * ln 2 + r.
+// x = n * ln 2 + r: e^r - 1, and n with kRounder added.
 template <class T, class V>
 struct ReducedExponential {
-  V remainder, half_power;
+  V remainder, shifted;
 
   // x must be within [kLowest, kHighest].
   HOST_DEVICE explicit ReducedExponential(V x) {
     using C = ExponentialConstants<T>;
     constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
-    const V shifted = x * kLog2E + C::kRounder;
+    shifted = x * kLog2E + C::kRounder;
     const V n = shifted - C::kRounder;
     const V r = x - n * C::kLn2High - n * C::kLn2Low;
     V series = r * static_cast<T>(series_coefficient(C::kTerms - 1)) +
@@ -90,33 +95,36 @@ struct ReducedExponential {
       series = series * r + static_cast<T>(series_coefficient(k));
     }
     remainder = r * r * series + r;
-    half_power = power_of_two(shifted - T(1));
   }
 };
 
 template <class T, class V>
 HOST_DEVICE V exponential(V x) {
   using C = ExponentialConstants<T>;
-  const ReducedExponential<T, V> e(minimum(maximum(x, V{} + C::kLowest), V{} + C::kHighest));
-  const V result = (e.half_power + e.half_power * e.remainder) * T(2);
+  const ReducedExponential<T, V> e(at_most(at_least(x, C::kLowest), C::kHighest));
+  const V half_power = power_of_two(e.shifted - T(1));  // 2^n may be too large
+  const V result = (half_power + half_power * e.remainder) * T(2);
   return zero_below(result, x, C::kLowest);
 }
 
 // 1 / (1 + e^-x)
 template <class T, class V>
 HOST_DEVICE V sigmoid(V x) {
-  const V one = V{} + T(1);
-  return one / (one + exponential<T>(V{} - x));
+  using C = ExponentialConstants<T>;
+  const ReducedExponential<T, V> e(at_most(at_least(x * T(-1), C::kLowest), C::kHighest));
+  // Where 2^n overflows, the result is subnormal: zero.
+  const V power = power_of_two(e.shifted), one = V{} + T(1);
+  return one / (one + power * (one + e.remainder));
 }
 
 // -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x: no digits are lost near zero.
 template <class T, class V>
 HOST_DEVICE V hyperbolic_tangent(V x) {
   constexpr T kSaturated = -48;  // tanh(24) is 1 in double precision
-  const ReducedExponential<T, V> e(maximum(magnitude(x) * T(-2), V{} + kSaturated));
-  const V power = e.half_power * T(2);
+  const ReducedExponential<T, V> e(at_least(magnitude(x) * T(-2), kSaturated));
+  const V power = power_of_two(e.shifted);
   const V expm1 = power * e.remainder + (power - T(1));
-  return with_sign_of(magnitude(expm1 / (expm1 + T(2))), x);
+  return with_sign_of(expm1 / (expm1 + T(2)), x);
 }
 
 FASTOPT_END_NAMESPACE

@@ -72,7 +72,9 @@ HOST_DEVICE Vec<T> minimum(Vec<T> left, Vec<T> right) {
 
 template <class T>
 HOST_DEVICE Vec<T> magnitude(Vec<T> vector) {
-  return {vector.value < 0 ? -vector.value : vector.value};
+  using Mask = typename Vec<T>::Mask;
+  const typename Vec<T>::Native minus_zero = -typename Vec<T>::Native{};
+  return {(typename Vec<T>::Native)((Mask)vector.value & ~(Mask)minus_zero)};
 }
 
 HOST_DEVICE Vec<double> power(Vec<double> vector, double exponent) {
@@ -110,6 +112,17 @@ HOST_DEVICE Vec<T> with_sign_of(Vec<T> magnitude, Vec<T> sign) {
   const typename Vec<T>::Native minus_zero = -typename Vec<T>::Native{};
   const Mask top = (Mask)minus_zero;
   return {(typename Vec<T>::Native)(((Mask)magnitude.value & ~top) | ((Mask)sign.value & top))};
+}
+
+template <class T>
+HOST_DEVICE Vec<T> at_least(Vec<T> x, T bound) {
+  const typename Vec<T>::Native bounds = typename Vec<T>::Native{} + bound;
+  return {bounds > x.value ? bounds : x.value};
+}
+template <class T>
+HOST_DEVICE Vec<T> at_most(Vec<T> x, T bound) {
+  const typename Vec<T>::Native bounds = typename Vec<T>::Native{} + bound;
+  return {bounds < x.value ? bounds : x.value};
 }
 
 template <class T>
