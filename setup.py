@@ -43,7 +43,12 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx512 += ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized"]
     ISA_FLAGS |= {"avx2": avx2, "avx512": avx512, "avx512bf16": [*avx512, "-mavx512bf16"]}
 
-PER_ISA_SOURCES = ["csrc/cpu/optimizer_step.cpp", "csrc/cpu/grad_norm.cpp", "csrc/cpu/lstm.cpp"]
+PER_ISA_SOURCES = [
+    "csrc/cpu/optimizer_step.cpp",
+    "csrc/cpu/grad_norm.cpp",
+    "csrc/cpu/lstm.cpp",
+    "csrc/cpu/attention.cpp",
+]
 CPU_SOURCES = [
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/lstm_schedule.cpp",
@@ -51,6 +56,7 @@ CPU_SOURCES = [
     "csrc/bindings/gradient_list.cpp",
     "csrc/bindings/optimizer_plan.cpp",
     "csrc/bindings/lstm_calls.cpp",
+    "csrc/bindings/attention_calls.cpp",
     "csrc/bindings/cpu_module.cpp",
 ]
 CUDA_SOURCES = [

@@ -24,6 +24,36 @@ class LstmTensors:
 def lstm_forward(
     layer: LstmTensors, packed: Tensor | None, results: Sequence[Tensor | None], threads: int
 ) -> None: ...
+class AttentionTensors:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        allowed: Tensor | None,
+        slopes: Tensor | None,
+        scale: float,
+        softcap: float,
+        left: int,
+        right: int,
+        diagonal: int,
+        dropout: float,
+        seed: int,
+    ) -> None: ...
+
+def attention_forward(
+    layer: AttentionTensors, output: Tensor, logsumexp: Tensor, threads: int
+) -> None: ...
+def attention_backward(
+    layer: AttentionTensors,
+    output: Tensor,
+    logsumexp: Tensor,
+    output_gradient: Tensor,
+    gradients: list[Tensor | None],
+    threads: int,
+) -> None: ...
+def attention_random_words(seed: int, head: int, words: Tensor) -> None: ...
 def lstm_packed_bytes(layer: LstmTensors) -> int: ...
 def lstm_pack(layer: LstmTensors, packed: Tensor, threads: int) -> None: ...
 def lstm_backward(

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/attention_calls.h"
 #include "bindings/collectable.h"
 #include "bindings/gradient_list.h"
 #include "bindings/layout.h"
@@ -62,6 +63,25 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def(
       "fma_peak", [](int threads) { return chosen_instruction_set().lstm->fma_rate(threads); },
       py::arg("threads"), "fp32 operations per second with all data in registers and L1.");
+
+  py::class_<AttentionTensors>(m, "AttentionTensors", py::module_local())
+      .def(py::init([](py::object query, py::object key, py::object value, py::object bias,
+                       py::object allowed, py::object slopes, double scale, double softcap,
+                       int64_t left, int64_t right, int64_t diagonal, double dropout,
+                       uint64_t seed) {
+             return AttentionTensors{query, key,  value, bias,     allowed, slopes, scale, softcap,
+                                     left,  right, diagonal, dropout, seed};
+           }),
+           py::arg("query"), py::arg("key"), py::arg("value"), py::arg("bias"), py::arg("allowed"),
+           py::arg("slopes"), py::arg("scale"), py::arg("softcap"), py::arg("left"),
+           py::arg("right"), py::arg("diagonal"), py::arg("dropout"), py::arg("seed"));
+  m.def("attention_forward", &attention_forward, py::arg("layer"), py::arg("output"),
+        py::arg("logsumexp"), py::arg("threads"));
+  m.def("attention_backward", &attention_backward, py::arg("layer"), py::arg("output"),
+        py::arg("logsumexp"), py::arg("output_gradient"), py::arg("gradients"),
+        py::arg("threads"));
+  m.def("attention_random_words", &attention_random_words, py::arg("seed"), py::arg("head"),
+        py::arg("words"));
 
   py::class_<OptimizerPlan>(m, "OptimizerPlan", py::module_local(),
                             py::custom_type_setup(make_collectable<OptimizerPlan>))

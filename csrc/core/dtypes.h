@@ -48,6 +48,7 @@ HOST_DEVICE float float_from_bits(uint32_t bits) {
 
 HOST_DEVICE float load(const float* source) { return *source; }
 HOST_DEVICE double load(const double* source) { return *source; }
+HOST_DEVICE float load(const uint8_t* source) { return *source; }
 HOST_DEVICE void store(float* target, float value) { *target = value; }
 HOST_DEVICE void store(double* target, double value) { *target = value; }
 

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/grad_norm.h"
 #include "cpu/lstm.h"
 #include "cpu/optimizer_step.h"
@@ -15,6 +16,7 @@ struct InstructionSet {
   const OptimizerKernels* optimizer;
   const GradNormKernels* grad_norm;
   const LstmKernels* lstm;
+  const AttentionKernels* attention;
 };
 
 // The sets that this build carries, from the plainest to the widest.

@@ -184,7 +184,8 @@ void multiply_tile(LeftOperand<F> a, const SumOf<F>* panel, int64_t words, SumOf
 // step.
 constexpr int kRowPanels = 4;
 template <class F>
-void multiply_row(const F* a, const SumOf<F>* panels, int64_t words, SumOf<F>* c, Into into) {
+void multiply_row(const F* a, const SumOf<F>* panels, int64_t panel_words, int64_t words,
+                  SumOf<F>* c, Into into) {
   using T = SumOf<F>;
   constexpr int kWidth = Vec<T>::kWidth, kPanel = Tiling<T>::kPanel, kVectors = 2 * kRowPanels;
   Vec<T> sums[kVectors];
@@ -194,7 +195,7 @@ void multiply_row(const F* a, const SumOf<F>* panels, int64_t words, SumOf<F>* c
     const T word = load_word(a + k * Factors<F>::kInWord);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const T* b = panels + (v / 2) * words * kPanel + (v % 2) * kWidth;
+      const T* b = panels + (v / 2) * panel_words * kPanel + (v % 2) * kWidth;
       sums[v] = Factors<F>::add_product(sums[v], word, load_as<Vec<T>>(b + k * kPanel));
     }
   }
@@ -230,26 +231,42 @@ HOST_DEVICE int64_t tile_height(int64_t rows, int64_t most) {
   return tiles == 0 ? most : (rows + tiles - 1) / tiles;
 }
 
+// A part of the depth of packed columns: words [first, first + words) of panels of `panel_words`.
+struct Depth {
+  int64_t panel_words, first, words;
+};
+
 // C[rows, columns] with whole vectors: c must have room for padded_columns(columns).
 template <class F>
-void multiply(LeftOperand<F> a, int64_t rows, const SumOf<F>* panels, int64_t columns,
-              int64_t depth, SumOf<F>* c, int64_t c_stride, Into into) {
+void multiply(LeftOperand<F> a, int64_t rows, const SumOf<F>* panels, int64_t columns, Depth depth,
+              SumOf<F>* c, int64_t c_stride, Into into) {
   using T = SumOf<F>;
   constexpr int kPanel = Tiling<T>::kPanel;
-  const int64_t words = words_of<F>(depth), height = tile_height(rows, Tiling<T>::kTileRows);
+  const int64_t words = depth.words, height = tile_height(rows, Tiling<T>::kTileRows);
   int64_t column = 0;
   for (; rows == 1 && column + kRowPanels * kPanel <= columns; column += kRowPanels * kPanel) {
-    multiply_row<F>(a.rows, panels + words * column, words, c + column, into);
+    multiply_row<F>(a.rows, panels + depth.panel_words * column + depth.first * kPanel,
+                    depth.panel_words, words, c + column, into);
   }
   for (; column < columns; column += kPanel) {
     const int vectors = columns - column > Tiling<T>::kWidth ? 2 : 1;
+    const T* panel =
+        panels + depth.panel_words * column + depth.first * vectors * Tiling<T>::kWidth;
     for (int64_t row = 0; row < rows; row += height) {
       const int64_t count = rows - row < height ? rows - row : height;
       kTileKernels<F, false>.by_rows[vectors - 1][count](
-          {a.rows + row * a.row_stride, a.row_stride}, panels + words * column, words,
-          c + row * c_stride + column, c_stride, into);
+          {a.rows + row * a.row_stride, a.row_stride}, panel, words, c + row * c_stride + column,
+          c_stride, into);
     }
   }
+}
+
+// Over all of the depth that was packed.
+template <class F>
+void multiply(LeftOperand<F> a, int64_t rows, const SumOf<F>* panels, int64_t columns,
+              int64_t depth, SumOf<F>* c, int64_t c_stride, Into into) {
+  const int64_t words = words_of<F>(depth);
+  multiply<F>(a, rows, panels, columns, Depth{words, 0, words}, c, c_stride, into);
 }
 
 // The rows of B [depth, ...] that make its word k; row_of(i) is where row i begins. Rows are asked

@@ -158,6 +158,8 @@ HOST_DEVICE Vec<double> square_root(Vec<double> vector) {
 }
 
 // load_as<V>: one value or a vector of them, from storage of any kind. store: the way back.
+
+
 template <class V, class Storage>
 struct Lanes {  // V is a scalar
   static HOST_DEVICE V load(const Storage* source) { return fastopt::load(source); }
@@ -264,6 +266,51 @@ HOST_DEVICE void store(Half* target, Vec<float> vector) {
 template <class V, class Storage>
 HOST_DEVICE V load_as(const Storage* source) {
   return Lanes<V, Storage>::load(source);
+}
+
+// 0 and 1 as numbers, of bytes.
+template <class T>
+struct Lanes<Vec<T>, uint8_t> {
+  static HOST_DEVICE Vec<T> load(const uint8_t* source) {
+    Vec<T> result;
+    for (int i = 0; i < Vec<T>::kWidth; ++i) result.value[i] = source[i];
+    return result;
+  }
+};
+
+// 0, 1, 2, ...; of a scalar 0.
+template <class V>
+struct LaneNumbers {
+  static HOST_DEVICE V get() { return V(0); }
+};
+template <class T>
+struct LaneNumbers<Vec<T>> {
+  static HOST_DEVICE Vec<T> get() {
+    Vec<T> result;
+    for (int i = 0; i < Vec<T>::kWidth; ++i) result.value[i] = static_cast<T>(i);
+    return result;
+  }
+};
+template <class V>
+HOST_DEVICE V lane_numbers() {
+  return LaneNumbers<V>::get();
+}
+
+template <class T>
+HOST_DEVICE Vec<T> unless_zero(Vec<T> gate, Vec<T> value, T otherwise) {
+  const typename Vec<T>::Native others = typename Vec<T>::Native{} + otherwise;
+  return {gate.value != 0 ? value.value : others};
+}
+template <class T>
+HOST_DEVICE T unless_zero(T gate, T value, T otherwise) {
+  return gate != 0 ? value : otherwise;
+}
+
+template <class T>
+HOST_DEVICE T sum_of_lanes(Vec<T> vector) {
+  T sum = 0;
+  for (int i = 0; i < Vec<T>::kWidth; ++i) sum += vector.value[i];
+  return sum;
 }
 
 // Calls body(i, V()) for all i in [0, n): with V a vector while one fits, then with V = T.

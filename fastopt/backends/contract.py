@@ -177,6 +177,59 @@ class LstmRequest:
         return backend.supports_lstm(self)
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionRequest:
+    """May a backend run this attention, forward and backward?
+
+    Query ``i`` sees the keys from ``i + diagonal - left`` to ``i + diagonal + right``.
+
+    Attributes:
+        query: ``[batch, heads, queries, features]``.
+        key: ``[batch, key_heads, keys, features]``; ``heads`` is a multiple of ``key_heads``.
+        value: ``[batch, key_heads, keys, value_features]``.
+        bias: Added to the scores, of the query's dtype, ``[batch, heads, queries, keys]`` or 1
+            instead of any of these; or None.
+        allowed: Of the same shape, bool: where it is False, the key is not seen; or None.
+        slopes: Of ALiBi, fp32, ``[batch, heads]``; or None.
+        dropout: Probability with which a weight is dropped.
+        seed: Of dropout, int64 of no dimensions on the CPU; None without dropout.
+        scale: Multiplies the products of queries and keys.
+        softcap: Scores become ``softcap * tanh(score / softcap)``; 0: they stay.
+        left: Negative: no bound.
+        right: Negative: no bound.
+        diagonal: The key at no distance from query 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    allowed: Tensor | None
+    slopes: Tensor | None
+    seed: Tensor | None
+    dropout: float
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    diagonal: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is."""
+        return self.query.device
+
+    @property
+    def task(self) -> str:
+        """The work in words, for messages."""
+        shape, dtype = list(self.query.shape), self.query.dtype
+        return f"run an attention of queries of shape {shape}, {dtype} on {self.device}"
+
+    def ask(self, backend: Backend) -> str | None:
+        """What the backend answers."""
+        return backend.supports_attention(self)
+
+
 class SteppedOptimizer(Protocol):
     """The side of an optimizer that the operator and its backends see."""
 
@@ -257,6 +310,9 @@ class Backend(Protocol):
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """The same for the layers of an LSTM."""
+
+    def supports_attention(self, request: AttentionRequest) -> str | None:
+        """The same for an attention."""
 
     def plan_optimizer_step(
         self,

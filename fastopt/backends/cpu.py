@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastopt import _native_cpu
 from fastopt.backends.contract import (
+    AttentionRequest,
     Created,
     LstmRequest,
     ParameterRequest,
@@ -19,6 +20,7 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
+from fastopt.backends.cpu_attention import refuse_attention
 from fastopt.backends.cpu_lstm import refuse_lstm
 from fastopt.backends.plain_tensors import refuse_request
 from fastopt.backends.planning import bump_versions, named_refusal, planned_parameters
@@ -48,6 +50,10 @@ class CpuBackend:
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """Plain tensors of one dtype on the CPU, of sizes that fit each other."""
         return MISSING_IN_TORCH or refuse_lstm(request)
+
+    def supports_attention(self, request: AttentionRequest) -> str | None:
+        """Plain tensors of one dtype on the CPU."""
+        return MISSING_IN_TORCH or refuse_attention(request)
 
     def plan_optimizer_step(
         self,

@@ -10,18 +10,15 @@ from torch import Tensor
 
 from fastopt import _native_cpu
 from fastopt.backends.contract import LstmRequest
-from fastopt.backends.plain_tensors import not_plain
+from fastopt.backends.plain_tensors import not_plain, transformed
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def refuse_lstm(request: LstmRequest) -> str | None:
     """Why the kernels do not run these layers, or None."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation has no tangents of the kernels"
-    # Not "is not None": Dynamo takes what it wraps for something.
-    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
-        return "a torch.func transform is active"
+    if reason := transformed():
+        return reason
     if request.device.type != "cpu":
         return f"the input is on {request.device}"
     casts = torch.is_autocast_enabled(request.device.type)

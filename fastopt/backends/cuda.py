@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastopt.backends import selfcheck
 from fastopt.backends.contract import (
+    AttentionRequest,
     Created,
     LstmRequest,
     ParameterRequest,
@@ -99,6 +100,10 @@ class CudaBackend:
             "fastopt": _version(),
             "build": f"{build.st_size} bytes of {build.st_mtime_ns}",
         }
+
+    def supports_attention(self, request: AttentionRequest) -> str | None:
+        """Not yet."""
+        return "backend 'cuda' has no attention"
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """No kernel yet."""

@@ -68,6 +68,16 @@ def not_plain(what: str, tensor: Tensor, device: str) -> str | None:
     return None
 
 
+def transformed() -> str | None:
+    """Why no operator of ours runs now, whatever the tensors: tangents and transforms pass it by."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation has no tangents of the kernels"
+    # Not "is not None": Dynamo takes what it wraps for something.
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
+        return "a torch.func transform is active"
+    return None
+
+
 def unlike(what: str, tensor: Tensor, param: Tensor) -> str | None:
     """Why a tensor does not fit its parameter, or None."""
     if tensor.device != param.device:

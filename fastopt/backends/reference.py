@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastopt import _native_cpu
 from fastopt.backends.contract import (
+    AttentionRequest,
     Created,
     LstmRequest,
     ParameterRequest,
@@ -160,6 +162,10 @@ class ReferenceBackend:
                 return f"a tensor has layout {tensor.layout}"
         return None
 
+    def supports_attention(self, request: AttentionRequest) -> str | None:
+        """Always None."""
+        return None
+
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """Everything that torch's operations take."""
         return None
@@ -270,3 +276,49 @@ def reference_lstm(layer: LstmRequest) -> tuple[Tensor, Tensor, Tensor]:
         cell_states.append(c)
     output = torch.cat(outputs, dim=-1).to(dtype)
     return output, torch.stack(hidden_states).to(dtype), torch.stack(cell_states).to(dtype)
+
+
+def reference_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp, in double precision; autograd has their gradients."""
+    wide = torch.float64
+    group = request.query.size(1) // request.key.size(1)
+    query = request.query.to(wide)
+    key, value = (t.to(wide).repeat_interleave(group, 1) for t in (request.key, request.value))
+    scores = query @ key.transpose(-2, -1) * request.scale
+    if request.softcap:
+        scores = request.softcap * torch.tanh(scores / request.softcap)
+    rows, columns = scores.shape[-2:]
+    distance = torch.arange(columns) - torch.arange(rows)[:, None] - request.diagonal
+    if request.slopes is not None:
+        scores = scores - request.slopes.to(wide)[..., None, None] * distance.abs()
+    if request.bias is not None:
+        scores = scores + request.bias.to(wide)
+    seen = torch.ones(scores.shape, dtype=torch.bool)
+    if request.allowed is not None:
+        seen = seen & request.allowed
+    if request.left >= 0:
+        seen = seen & (distance >= -request.left)
+    if request.right >= 0:
+        seen = seen & (distance <= request.right)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    logsumexp = scores.logsumexp(-1)
+    weights = torch.exp(scores - logsumexp[..., None])
+    # A row that sees no key is zeros.
+    weights = torch.where(logsumexp[..., None] == -torch.inf, 0, weights)
+    if request.dropout:
+        weights = weights * dropout_factors(request)
+    output = (weights @ value).to(request.query.dtype)
+    return output, logsumexp.to(wide if request.query.dtype is wide else torch.float32)
+
+
+def dropout_factors(request: AttentionRequest) -> Tensor:
+    """What each weight is multiplied by: 0, or ``1 / (1 - dropout)``."""
+    assert request.seed is not None
+    batch, heads, rows = request.query.shape[:3]
+    columns = request.key.size(2)
+    words = torch.empty((batch * heads, rows, -(-columns // 64) * 64), dtype=torch.int32)
+    for head, own in enumerate(words):
+        _native_cpu.attention_random_words(int(request.seed), head, own)
+    kept = (words.long() & 0xFFFFFFFF) >= int(request.dropout * 2**32)
+    kept = kept[..., :columns].view(batch, heads, rows, columns)
+    return kept.double() / (1 - request.dropout)

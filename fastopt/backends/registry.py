@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from fastopt.backends.contract import Backend, LstmRequest, ParameterRequest
+from fastopt.backends.contract import (
+    AttentionRequest,
+    Backend,
+    LstmRequest,
+    ParameterRequest,
+)
 from fastopt.backends.cpu import CpuBackend
 from fastopt.backends.cuda import CUDA
 from fastopt.backends.reference import ReferenceBackend
@@ -24,7 +29,7 @@ BACKENDS: dict[str, Backend] = {
 AUTO_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
 AUTO_ORDER_ELSEWHERE = ("torch",)
 
-Request = ParameterRequest | LstmRequest
+Request = ParameterRequest | LstmRequest | AttentionRequest
 
 _in_use: ContextVar[str | None] = ContextVar("fastopt_backend", default=None)
 _logged: set[str] = set()
@@ -99,6 +104,16 @@ def choose(request: Request, choice: str) -> Backend:
             if refused is not None:
                 log_fall_through(refused, backend.name, request.task)
             return backend
+        refused = reason
+    raise RuntimeError(f"backend {choice!r} cannot {request.task}: {refused}")
+
+
+def choose_silently(request: Request, choice: str) -> str:
+    """As ``choose``, without a word in the log: the backend's name."""
+    refused = None
+    for backend, reason in candidates(request, choice):
+        if reason is None:
+            return backend.name
         refused = reason
     raise RuntimeError(f"backend {choice!r} cannot {request.task}: {refused}")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastopt.backends.contract import (
     AVERAGE,
+    AttentionRequest,
     Created,
     LstmRequest,
     ParameterRequest,
@@ -35,6 +36,15 @@ class TorchBackend:
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """Always None."""
+        return None
+
+    def supports_attention(self, request: AttentionRequest) -> str | None:
+        """What ``torch.nn.functional.scaled_dot_product_attention`` has arguments for."""
+        if request.softcap or request.slopes is not None:
+            return "torch has neither softcap nor ALiBi"
+        causal = request.right == 0 and request.diagonal == 0
+        if request.left >= 0 or not (causal or request.right < 0):
+            return "torch has no window and no causal mask from the bottom right"
         return None
 
     def plan_optimizer_step(

@@ -1,6 +1,6 @@
 """The names and arguments of ``torch.nn``, on fastopt's kernels."""
 
-from fastopt.nn import utils
+from fastopt.nn import functional, utils
 from fastopt.nn.lstm import LSTM
 
-__all__ = ["LSTM", "utils"]
+__all__ = ["LSTM", "functional", "utils"]

@@ -149,7 +149,7 @@ def lstm(
             torch raises.
     """
     if torch.compiler.is_compiling():  # Dynamo reads neither context variables nor loggers
-        chosen = _choice_in_a_graph(request, backend or "auto")
+        chosen = registry.choose_silently(request, backend or "auto")
     else:
         chosen = registry.choose(request, registry.requested(backend)).name
     if chosen == "torch":
@@ -171,16 +171,6 @@ def lstm(
     if request.num_layers == 1:
         return input, final_hidden[0], final_cell[0]
     return input, torch.cat(final_hidden), torch.cat(final_cell)
-
-
-def _choice_in_a_graph(request: LstmRequest, choice: str) -> str:
-    """As ``registry.choose``, without a word in the log."""
-    refused = None
-    for backend, reason in registry.candidates(request, choice):
-        if reason is None:
-            return backend.name
-        refused = reason
-    raise RuntimeError(f"backend {choice!r} cannot {request.task}: {refused}")
 
 
 def _registered_layer(layer: LstmRequest, packed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

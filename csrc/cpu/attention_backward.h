@@ -1,0 +1,339 @@
+#pragma once
+
+#include <atomic>
+#include <type_traits>
+
+#include "cpu/attention_walk.h"
+
+FASTOPT_BEGIN_NAMESPACE
+
+// The backward pass, from logsumexp (Dao 2023). A task owns a range of the keys of one key head:
+// nobody else adds to the gradients of its keys, values and biases. With few heads, the keys are
+// split, and each split adds up gradients of the queries of its own, which are summed in order at
+// the end. Tasks and sums hang on shapes alone: the bits do not depend on the number of threads.
+template <class Storage>
+class AttentionBackwardPass {
+ public:
+  using Walk = AttentionWalk<Storage>;
+  using T = typename Walk::T;
+  using F = typename Walk::F;
+  static constexpr int64_t kStrip = Tiling<T>::kTileRows;
+  static constexpr int64_t kBlockQueries = 4 * kStrip;
+  static constexpr int64_t kTileKeys = 128;
+  static constexpr int64_t kEnoughTasks = 8, kMostSplits = 8;
+
+  explicit AttentionBackwardPass(const AttentionBackward& call)
+      : call_(call),
+        layer_(call.layer),
+        walk_{call.layer},
+        features_(call.layer.features),
+        value_features_(call.layer.value_features) {
+    // Where a bias is the same for several heads or batches, one task has them all.
+    const bool biased = call.bias_gradient != nullptr;
+    batches_ = biased && call.bias_gradient_strides[0] == 0 ? 1 : layer_.batch;
+    heads_ = biased && call.bias_gradient_strides[1] == 0 ? 1 : layer_.key_heads;
+    const int64_t tiles = (layer_.keys + kTileKeys - 1) / kTileKeys;
+    splits_ = (kEnoughTasks + batches_ * heads_ - 1) / (batches_ * heads_);
+    if (splits_ > kMostSplits) splits_ = kMostSplits;
+    if (splits_ > tiles) splits_ = tiles;
+    split_keys_ = (tiles + splits_ - 1) / splits_ * kTileKeys;
+    splits_ = (layer_.keys + split_keys_ - 1) / split_keys_;
+
+    stride_ = padded_columns<T>(features_) + Walk::kSkew;
+    value_stride_ = padded_columns<T>(value_features_) + Walk::kSkew;
+    const int64_t blocks = (layer_.queries + kBlockQueries - 1) / kBlockQueries;
+    const int64_t queries = blocks * kBlockQueries;
+    if (splits_ > 1) {
+      shared_.reserve(&partial_sums_,
+                      splits_ * layer_.batch * layer_.heads * layer_.queries * stride_);
+      shared_.allocate();
+    }
+    scratch_size_ = transposed_scratch<F>(kBlockQueries);
+    for (int i = 0; i < threads(); ++i) {
+      Scratch& own = scratch_[i];
+      own.space.reserve(&own.key_columns, words_of<F>(features_) * split_keys_);
+      own.space.reserve(&own.value_columns, words_of<F>(value_features_) * split_keys_);
+      own.space.reserve(&own.key_rows, split_keys_ * stride_);
+      own.space.reserve(&own.queries, queries * stride_);
+      own.space.reserve(&own.gradients, queries * value_stride_);
+      own.space.reserve(&own.query_panels, queries * stride_);
+      own.space.reserve(&own.gradient_panels, queries * value_stride_);
+      own.space.reserve(&own.deltas, queries);
+      if (splits_ == 1) own.space.reserve(&own.query_sums, layer_.queries * stride_);
+      own.space.reserve(&own.key_sums, split_keys_ * stride_);
+      own.space.reserve(&own.value_sums, split_keys_ * value_stride_);
+      own.space.reserve(&own.scores, kStrip * kScoreStride);
+      own.space.reserve(&own.products, kStrip * kScoreStride);
+      own.space.reserve(&own.weights, kBlockQueries * kScoreStride);
+      own.space.reserve(&own.score_gradients, kBlockQueries * kScoreStride);
+      own.space.reserve(&own.transposed, scratch_size_);
+      own.space.reserve(&own.factors, kTileKeys);
+      own.space.reserve(&own.words, kTileKeys + 2 * kRandomGroup);
+      own.space.allocate();
+    }
+  }
+
+  int threads() const { return Walk::threads(layer_); }
+
+  void run(int rank, int size) {
+    Scratch& own = scratch_[rank];
+    const int64_t tasks = batches_ * heads_ * splits_;
+    for (int64_t task = next_++; task < tasks; task = next_++) {
+      const int64_t split = task % splits_, head = task / splits_ % heads_;
+      const int64_t batch = task / splits_ / heads_;
+      for (int64_t b = batch; b < (batches_ == 1 ? layer_.batch : batch + 1); ++b) {
+        for (int64_t h = head; h < (heads_ == 1 ? layer_.key_heads : head + 1); ++h) {
+          run_key_head(own, b, h, split);
+        }
+      }
+    }
+    if (splits_ == 1) return;
+    barrier_.wait(size);
+    const int64_t rows = layer_.batch * layer_.heads * layer_.queries;
+    const Range mine = Team{rank, size, &barrier_}.share(rows);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+      T* sums = partial_sums_ + row * stride_;
+      for (int64_t split = 1; split < splits_; ++split) {
+        const T* more = partial_sums_ + (split * rows + row) * stride_;
+        for_each_lanes<T>(features_, [&](int64_t j, auto lanes) {
+          using V = decltype(lanes);
+          store(sums + j, load_as<V>(sums + j) + load_as<V>(more + j));
+        });
+      }
+      const int64_t head = row / layer_.queries;
+      convert_row(sums, features_,
+                  target(call_.query_gradient, head / layer_.heads, head % layer_.heads,
+                         row % layer_.queries));
+    }
+  }
+
+ private:
+  static constexpr int64_t kScoreStride = kTileKeys + Walk::kSkew;
+
+  struct Scratch {
+    Workspace space;
+    T* key_columns;      // tiles of K^T: panels of keys, of depth features
+    T* value_columns;    // tiles of V^T
+    T* key_rows;         // tiles of K: panels of features, of depth keys
+    F* queries;          // [queries, features]
+    F* gradients;        // [queries, value_features], of the outputs
+    T* query_panels;     // blocks of Q: panels of features, of depth queries
+    T* gradient_panels;  // blocks of the gradients of the outputs
+    T* deltas;           // [queries]: output times its gradient
+    T* query_sums;       // [queries, features]
+    T* key_sums;         // [keys, features]
+    T* value_sums;
+    T* scores;           // [kStrip, kTileKeys]
+    T* products;         // of the outputs' gradients with the values
+    F* weights;          // [kBlockQueries, kTileKeys], after dropout
+    F* score_gradients;  // before the scale, which is in them
+    F* transposed;
+    T* factors;
+    uint32_t* words;
+  };
+
+  Storage* target(const AttentionTensor& tensor, int64_t batch, int64_t head, int64_t row) const {
+    return const_cast<Storage*>(walk_.row(tensor, batch, head, row));
+  }
+
+  static void zero(T* values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] = 0;
+  }
+
+  void run_key_head(Scratch& own, int64_t batch, int64_t key_head, int64_t split) const {
+    const int64_t begin = split * split_keys_;
+    const int64_t end = begin + split_keys_ < layer_.keys ? begin + split_keys_ : layer_.keys;
+    for (int64_t tile = begin; tile < end; tile += kTileKeys) {
+      const int64_t count = end - tile < kTileKeys ? end - tile : kTileKeys;
+      const int64_t place = tile - begin;
+      const auto key = [&](int64_t n) { return walk_.row(layer_.key, batch, key_head, tile + n); };
+      const auto value = [&](int64_t n) {
+        return walk_.row(layer_.value, batch, key_head, tile + n);
+      };
+      pack_columns<F>(key, features_, count, 0, count,
+                      own.key_columns + words_of<F>(features_) * place);
+      pack_columns<F>(value, value_features_, count, 0, count,
+                      own.value_columns + words_of<F>(value_features_) * place);
+      pack_rows<F>(key, count, features_, 0, features_, own.key_rows + place * stride_);
+    }
+    zero(own.key_sums, (end - begin) * stride_);
+    zero(own.value_sums, (end - begin) * value_stride_);
+    const int64_t group = layer_.heads / layer_.key_heads;
+    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+      run_head(own, batch, head, split, {begin, end});
+    }
+    for (int64_t n = begin; n < end; ++n) {
+      convert_row(own.key_sums + (n - begin) * stride_, features_,
+                  target(call_.key_gradient, batch, key_head, n));
+      convert_row(own.value_sums + (n - begin) * value_stride_, value_features_,
+                  target(call_.value_gradient, batch, key_head, n));
+    }
+  }
+
+  void run_head(Scratch& own, int64_t batch, int64_t head, int64_t split, Range keys) const {
+    const int64_t queries = layer_.queries, number = batch * layer_.heads + head;
+    gather_rows(walk_.row(layer_.query, batch, head, 0), layer_.query.row_stride, queries,
+                features_, own.queries, stride_);
+    gather_rows(walk_.row(call_.output_gradient, batch, head, 0), call_.output_gradient.row_stride,
+                queries, value_features_, own.gradients, value_stride_);
+    for (int64_t first = 0; first < queries; first += kBlockQueries) {
+      const int64_t count = queries - first < kBlockQueries ? queries - first : kBlockQueries;
+      pack_rows<F>([&](int64_t n) { return own.queries + (first + n) * stride_; }, count, features_,
+                   0, features_, own.query_panels + first * stride_);
+      pack_rows<F>([&](int64_t n) { return own.gradients + (first + n) * value_stride_; }, count,
+                   value_features_, 0, value_features_, own.gradient_panels + first * value_stride_);
+    }
+    for (int64_t i = 0; i < queries; ++i) {
+      const Storage* output = walk_.row(call_.output, batch, head, i);
+      const Storage* gradient = walk_.row(call_.output_gradient, batch, head, i);
+      Vec<T> sums{};
+      T sum = 0;
+      for_each_lanes<T>(value_features_, [&](int64_t j, auto lanes) {
+        using V = decltype(lanes);
+        const V product = load_as<V>(output + j) * load_as<V>(gradient + j);
+        if constexpr (std::is_same<V, T>::value) {
+          sum += product;
+        } else {
+          sums = sums + product;
+        }
+      });
+      own.deltas[i] = sum + sum_of_lanes(sums);
+    }
+    T* query_sums = splits_ == 1 ? own.query_sums
+                                 : partial_sums_ + (split * layer_.batch * layer_.heads + number) *
+                                                       queries * stride_;
+    zero(query_sums, queries * stride_);
+    for (int64_t tile = keys.begin; tile < keys.end; tile += kTileKeys) {
+      const Range of_tile{tile, tile + kTileKeys < keys.end ? tile + kTileKeys : keys.end};
+      for (int64_t first = 0; first < queries; first += kBlockQueries) {
+        const int64_t count = queries - first < kBlockQueries ? queries - first : kBlockQueries;
+        run_block(own, batch, head, first, count, keys.begin, of_tile, query_sums);
+      }
+    }
+    if (splits_ > 1) return;
+    for (int64_t i = 0; i < queries; ++i) {
+      convert_row(query_sums + i * stride_, features_, target(call_.query_gradient, batch, head, i));
+    }
+  }
+
+  void run_block(Scratch& own, int64_t batch, int64_t head, int64_t first, int64_t count,
+                 int64_t begin, Range tile, T* query_sums) const {
+    Range keys = common(tile, walk_.visible(first, first + count));
+    if (keys.begin == keys.end) return;
+    keys = Walk::whole_panels(keys, tile);
+    const int64_t height = tile_height(count, kStrip);
+    for (int64_t row = 0; row < count; row += height) {
+      const int64_t rows = count - row < height ? count - row : height;
+      run_strip(own, batch, head, first, row, rows, begin, tile, keys, query_sums);
+    }
+    const int64_t width = keys.end - keys.begin, place = keys.begin - begin;
+    const int64_t offset = keys.begin - tile.begin;
+    multiply_transposed<F>(own.weights + offset, kScoreStride, width,
+                           own.gradient_panels + first * value_stride_, value_features_, count,
+                           own.value_sums + place * value_stride_, value_stride_, Into::kAdd,
+                           own.transposed);
+    multiply_transposed<F>(own.score_gradients + offset, kScoreStride, width,
+                           own.query_panels + first * stride_, features_, count,
+                           own.key_sums + place * stride_, stride_, Into::kAdd, own.transposed);
+  }
+
+  // Weights and gradients of scores for the keys of a block, and what they add to the queries.
+  void run_strip(Scratch& own, int64_t batch, int64_t head, int64_t first, int64_t row,
+                 int64_t rows, int64_t begin, Range tile, Range block_keys, T* query_sums) const {
+    Range keys =
+        common(block_keys, walk_.visible(first + row, first + row + rows), block_keys.begin);
+    keys = Walk::whole_panels(keys, tile);
+    const int64_t width = keys.end - keys.begin, place = keys.begin - begin;
+    if (width > 0) {
+      multiply<F>({own.queries + (first + row) * stride_, stride_}, rows,
+                  own.key_columns + words_of<F>(features_) * place, width, features_, own.scores,
+                  kScoreStride, Into::kReplace);
+      multiply<F>({own.gradients + (first + row) * value_stride_, value_stride_}, rows,
+                  own.value_columns + words_of<F>(value_features_) * place, width, value_features_,
+                  own.products, kScoreStride, Into::kReplace);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t query = first + row + i;
+      const Range seen = common(keys, walk_.visible(query), block_keys.begin);
+      F* weights = own.weights + (row + i) * kScoreStride - tile.begin;
+      F* gradients = own.score_gradients + (row + i) * kScoreStride - tile.begin;
+      F* const both[] = {weights, gradients};
+      for (F* values : both) {
+        store_zeros<T>(values + block_keys.begin, seen.begin - block_keys.begin);
+        store_zeros<T>(values + seen.end, rounded_up(block_keys.end - seen.end, 2));
+      }
+      if (seen.begin == seen.end) continue;
+      const ScoreRow<Storage> scores(layer_, batch, head, query);
+      const int64_t offset = i * kScoreStride + seen.begin - keys.begin;
+      if (scores.is_plain() && layer_.dropout == 0 && !call_.bias_gradient) {
+        differentiate<true>(own, scores, batch, head, query, seen, own.scores + offset,
+                            own.products + offset, weights + seen.begin, gradients + seen.begin);
+      } else {
+        differentiate<false>(own, scores, batch, head, query, seen, own.scores + offset,
+                             own.products + offset, weights + seen.begin, gradients + seen.begin);
+      }
+    }
+    if (width == 0) return;
+    const int64_t offset = keys.begin - tile.begin;
+    multiply<F>({own.score_gradients + row * kScoreStride + offset, kScoreStride}, rows,
+                own.key_rows + (tile.begin - begin) * stride_, features_,
+                Depth{words_of<F>(tile.end - tile.begin), words_of<F>(offset), words_of<F>(width)},
+                query_sums + (first + row) * stride_, stride_, Into::kAdd);
+  }
+
+  template <bool kPlain>
+  void differentiate(Scratch& own, const ScoreRow<Storage>& row, int64_t batch, int64_t head,
+                     int64_t query, Range seen, const T* products, const T* value_products,
+                     F* weights, F* gradients) const {
+    const int64_t count = seen.end - seen.begin, number = batch * layer_.heads + head;
+    const T logsumexp =
+        static_cast<const T*>(call_.logsumexp)[number * layer_.queries + query];
+    if (logsumexp == ScoreRow<Storage>::kNever) {
+      store_zeros<T>(weights, count);
+      store_zeros<T>(gradients, count);
+      return;
+    }
+    const bool drops = !kPlain && layer_.dropout > 0;
+    if (drops) dropout_factors(layer_, number, query, seen, own.words, own.factors);
+    T* bias_gradient = nullptr;
+    if (!kPlain && call_.bias_gradient) {
+      const int64_t* strides = call_.bias_gradient_strides;
+      bias_gradient = static_cast<T*>(call_.bias_gradient) + batch * strides[0] +
+                      head * strides[1] + query * strides[2] + seen.begin;
+    }
+    const T delta = own.deltas[query];
+    for_each_lanes<T>(count, [&](int64_t j, auto lanes) {
+      using V = decltype(lanes);
+      const V product = load_as<V>(products + j);
+      const V score = row.template score<kPlain>(product, seen.begin + j);
+      const V weight = exponential<T>(score - logsumexp);
+      V through = load_as<V>(value_products + j), kept = weight;
+      if (drops) {
+        const V factor = load_as<V>(own.factors + j);
+        through = through * factor;
+        kept = kept * factor;
+      }
+      store(weights + j, kept);
+      V gradient = weight * (through - delta);
+      if (bias_gradient) store(bias_gradient + j, load_as<V>(bias_gradient + j) + gradient);
+      if (!kPlain && row.softcap != 0) {
+        const V saturation = row.saturation(product);
+        gradient = gradient * (V{} + T(1) - saturation * saturation);
+      }
+      store(gradients + j, gradient * row.scale);
+    });
+  }
+
+  const AttentionBackward& call_;
+  const AttentionLayer& layer_;
+  const Walk walk_;
+  const int64_t features_, value_features_;
+  int64_t batches_, heads_, splits_, split_keys_, stride_, value_stride_, scratch_size_;
+  Workspace shared_;
+  T* partial_sums_ = nullptr;  // [splits, batch, heads, queries, features]
+  Scratch scratch_[Walk::kMostThreads];
+  std::atomic<int64_t> next_{0};
+  Barrier barrier_;
+};
+
+FASTOPT_END_NAMESPACE
