@@ -23,6 +23,7 @@ struct ExponentialConstants<float> {
   static constexpr float kLn2Low = 1.42860682030941723212e-6f;
   static constexpr float kHighest = 89.0f;  // e^x overflows from 88.73
   static constexpr float kLowest = -86.9f;  // below, e^x / 2 is not a normal number
+  static constexpr float kLowestPower = -127.0f;
   static constexpr int kTerms = 6;          // of the series of (e^r - 1 - r) / r^2
 };
 
@@ -33,6 +34,7 @@ struct ExponentialConstants<double> {
   static constexpr double kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kHighest = 710.0;
   static constexpr double kLowest = -707.7;
+  static constexpr double kLowestPower = -1023.0;
   static constexpr int kTerms = 13;
 };
 
@@ -105,6 +107,31 @@ HOST_DEVICE V exponential(V x) {
   const V half_power = power_of_two(e.shifted - T(1));  // 2^n may be too large
   const V result = (half_power + half_power * e.remainder) * T(2);
   return zero_below(result, x, C::kLowest);
+}
+
+// ln(2)^k / k!
+constexpr double power_coefficient(int k) {
+  double coefficient = 1;
+  for (int i = 1; i <= k; ++i) coefficient *= 0.693147180559945309417232121458 / i;
+  return coefficient;
+}
+
+// 2^x for x up to 127 (1023), zero from -127 (-1023) down: cheaper than e^x, where x comes by a
+// multiplication anyway.
+template <class T, class V>
+HOST_DEVICE V exponential_of_two(V x) {
+  using C = ExponentialConstants<T>;
+  const V bounded = at_least(x, C::kLowestPower);
+  const V shifted = bounded + C::kRounder;
+  const V r = bounded - (shifted - C::kRounder);
+  constexpr int kDegree = C::kTerms + 1;
+  V series = r * static_cast<T>(power_coefficient(kDegree)) +
+             static_cast<T>(power_coefficient(kDegree - 1));
+#pragma GCC unroll 16
+  for (int k = kDegree - 2; k >= 0; --k) {
+    series = series * r + static_cast<T>(power_coefficient(k));
+  }
+  return series * power_of_two(shifted);
 }
 
 // 1 / (1 + e^-x)

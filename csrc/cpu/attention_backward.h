@@ -306,7 +306,7 @@ class AttentionBackwardPass {
       using V = decltype(lanes);
       const V product = load_as<V>(products + j);
       const V score = row.template score<kPlain>(product, seen.begin + j);
-      const V weight = exponential<T>(score - logsumexp);
+      const V weight = row.weight(score, logsumexp);
       V through = load_as<V>(value_products + j), kept = weight;
       if (drops) {
         const V factor = load_as<V>(own.factors + j);

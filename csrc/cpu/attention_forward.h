@@ -20,12 +20,16 @@ class AttentionForwardPass {
   static constexpr int64_t kStrip = Tiling<T>::kTileRows;
   static constexpr int64_t kBlockQueries = 8 * kStrip;
   static constexpr int64_t kTileKeys = 256;
+  // So few queries are multiplied with keys and values as they lie in memory, which sets the pace.
+  static constexpr int64_t kDirectQueries = 4;
   // Queries that a thread takes at a time, having packed the keys and values for them.
   static constexpr int64_t kTaskQueries = 4 * kBlockQueries;
 
   explicit AttentionForwardPass(const AttentionForward& call)
       : call_(call), layer_(call.layer), walk_{call.layer} {
-    const int64_t keys = rounded_up(layer_.keys, kTileKeys);
+    // Few queries read each tile once: it is packed when its turn comes, and stays in the L2 cache.
+    streams_ = layer_.queries <= kBlockQueries;
+    const int64_t keys = streams_ ? kTileKeys : rounded_up(layer_.keys, kTileKeys);
     key_stride_ = rounded_up(layer_.features, Factors<F>::kInWord) + Walk::kSkew;
     output_stride_ = padded_columns<T>(layer_.value_features) + Walk::kSkew;
     for (int i = 0; i < threads(); ++i) {
@@ -58,7 +62,7 @@ class AttentionForwardPass {
       const Range seen = walk_.visible(begin, end);
       const Range tiles{rounded_down(seen.begin, kTileKeys), seen.end};
       const int64_t source = batch * layer_.key_heads + walk_.key_head(head);
-      if (packed_for != source || tiles.begin < packed_begin || tiles.end > packed_end) {
+      if (!streams_ && (packed_for != source || tiles.begin < packed_begin || tiles.end > packed_end)) {
         for (int64_t tile = tiles.begin; tile < tiles.end; tile += kTileKeys) {
           pack_tile(own, batch, walk_.key_head(head), tile);
         }
@@ -89,16 +93,18 @@ class AttentionForwardPass {
     T largest[kBlockQueries], sums[kBlockQueries];
   };
 
+  T* key_tile(const Scratch& own, int64_t tile) const {
+    return own.key_panels + (streams_ ? 0 : words_of<F>(layer_.features) * tile);
+  }
   T* value_tile(const Scratch& own, int64_t tile) const {
-    return own.value_panels + words_of<F>(tile) * padded_columns<T>(layer_.value_features);
+    const int64_t place = streams_ ? 0 : words_of<F>(tile);
+    return own.value_panels + place * padded_columns<T>(layer_.value_features);
   }
 
   void pack_tile(Scratch& own, int64_t batch, int64_t head, int64_t tile) const {
     const int64_t left = layer_.keys - tile, count = left < kTileKeys ? left : kTileKeys;
     const auto key = [&](int64_t n) { return walk_.row(layer_.key, batch, head, tile + n); };
-    pack_columns<F>(key, layer_.features, count, 0, count,
-                    own.key_panels + words_of<F>(layer_.features) * tile);
-    // Keys that are not there are zeros: a strip may reach up to a whole panel.
+    pack_columns<F>(key, layer_.features, count, 0, count, key_tile(own, tile));
     const int64_t columns = layer_.value_features;
     const auto value = [&](int64_t n) { return walk_.row(layer_.value, batch, head, tile + n); };
     pack_rows<F>(value, count, columns, 0, columns, value_tile(own, tile));
@@ -116,6 +122,7 @@ class AttentionForwardPass {
     const int64_t height = tile_height(count, kStrip);
     for (int64_t tile = rounded_down(seen.begin, kTileKeys); tile < seen.end; tile += kTileKeys) {
       const int64_t end = tile + kTileKeys < layer_.keys ? tile + kTileKeys : layer_.keys;
+      if (streams_ && !is_direct()) pack_tile(own, batch, walk_.key_head(head), tile);
       for (int64_t row = 0; row < count; row += height) {
         const int64_t rows = count - row < height ? count - row : height;
         run_strip(own, batch, head, first, row, rows, {tile, end});
@@ -130,9 +137,13 @@ class AttentionForwardPass {
     if (keys.begin == keys.end) return;
     keys = Walk::whole_panels(keys, tile);
     const int64_t offset = keys.begin - tile.begin, width = keys.end - keys.begin;
-    multiply<F>({own.queries + row * key_stride_, key_stride_}, rows,
-                own.key_panels + words_of<F>(layer_.features) * keys.begin, width, layer_.features,
-                own.scores, kScoreStride, Into::kReplace);
+    if (is_direct()) {
+      multiply_keys(own, batch, walk_.key_head(head), rows, keys);
+    } else {
+      multiply<F>({own.queries + row * key_stride_, key_stride_}, rows,
+                  key_tile(own, tile.begin) + words_of<F>(layer_.features) * offset, width,
+                  layer_.features, own.scores, kScoreStride, Into::kReplace);
+    }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t query = first + row + i;
       const ScoreRow<Storage> scores(layer_, batch, head, query);
@@ -159,11 +170,74 @@ class AttentionForwardPass {
       }
       store_zeros<T>(weights + width - after, rounded_up(width, 2) - width + after);
     }
+    if (is_direct()) return multiply_values(own, batch, walk_.key_head(head), rows, keys);
     const int64_t first_word = words_of<F>(offset);
     const int64_t tile_words = words_of<F>(tile.end - tile.begin);
     multiply<F>({own.weights, kScoreStride}, rows, value_tile(own, tile.begin),
                 layer_.value_features, Depth{tile_words, first_word, words_of<F>(width)},
                 own.outputs + row * output_stride_, output_stride_, Into::kAdd);
+  }
+
+  bool is_direct() const { return layer_.queries <= kDirectQueries; }
+
+  // Scores of all queries for some keys: a vector of sums for each key, summed across by a
+  // transposition.
+  void multiply_keys(Scratch& own, int64_t batch, int64_t head, int64_t rows, Range keys) const {
+    constexpr int64_t kWidth = Vec<T>::kWidth;
+    const int64_t whole = rounded_down(layer_.features, kWidth);
+    for (int64_t first = keys.begin; first < keys.end; first += kWidth) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const F* query = own.queries + row * key_stride_;
+        Vec<T> sums[kWidth];
+        for (int64_t i = 0; i < kWidth; ++i) {
+          const int64_t number = first + i < keys.end ? first + i : keys.end - 1;
+          const Storage* key = walk_.row(layer_.key, batch, head, number);
+          Vec<T> sum{};
+          int64_t j = 0;
+          for (; j < whole; j += kWidth) {
+            sum = sum + load_as<Vec<T>>(key + j) * load_as<Vec<T>>(query + j);
+          }
+          for (; j < layer_.features; ++j) sum.value[0] += load(key + j) * load(query + j);
+          sums[i] = sum;
+        }
+        transpose(sums);
+        Vec<T> total{};
+        for (int64_t i = 0; i < kWidth; ++i) total = total + sums[i];
+        store(own.scores + row * kScoreStride + first - keys.begin, total);
+      }
+    }
+  }
+
+  void multiply_values(Scratch& own, int64_t batch, int64_t head, int64_t rows, Range keys) const {
+    constexpr int64_t kWidth = Vec<T>::kWidth, kVectors = 4;
+    for (int64_t row = 0; row < rows; ++row) {
+      const F* weights = own.weights + row * kScoreStride;
+      T* outputs = own.outputs + row * output_stride_;
+      int64_t j = 0;
+      for (; j + kVectors * kWidth <= layer_.value_features; j += kVectors * kWidth) {
+        Vec<T> sums[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[v] = load_as<Vec<T>>(outputs + j + v * kWidth);
+        for (int64_t key = keys.begin; key < keys.end; ++key) {
+          const T weight = load(weights + key - keys.begin);
+          const Storage* value = walk_.row(layer_.value, batch, head, key) + j;
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            sums[v] = sums[v] + load_as<Vec<T>>(value + v * kWidth) * weight;
+          }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) store(outputs + j + v * kWidth, sums[v]);
+      }
+      for (int64_t key = keys.begin; j < layer_.value_features && key < keys.end; ++key) {
+        const T weight = load(weights + key - keys.begin);
+        const Storage* value = walk_.row(layer_.value, batch, head, key) + j;
+        for_each_lanes<T>(layer_.value_features - j, [&](int64_t i, auto lanes) {
+          using V = decltype(lanes);
+          store(outputs + j + i, load_as<V>(outputs + j + i) + load_as<V>(value + i) * weight);
+        });
+      }
+    }
   }
 
   // exp(score - largest) of a row's keys; what the row has so far shrinks as the largest grows.
@@ -178,22 +252,26 @@ class AttentionForwardPass {
       using V = decltype(lanes);
       const V score = row.template score<kPlain>(load_as<V>(scores + j), seen.begin + j);
       store(scores + j, score);
+      // A NaN is passed over: the weights carry it.
       if constexpr (std::is_same<V, T>::value) {
-        largest = maximum(largest, score);
+        largest = score > largest ? score : largest;
       } else {
-        most = maximum(most, score);
+        most = larger(score, most);
       }
     });
-    for (int i = 0; i < Vec<T>::kWidth; ++i) largest = maximum(largest, most.value[i]);
-    if (largest == ScoreRow<Storage>::kNever) {  // none of them is allowed
-      store_zeros<T>(weights, count);
+    for (int i = 0; i < Vec<T>::kWidth; ++i) largest = most.value[i] > largest ? most.value[i] : largest;
+    if (largest == ScoreRow<Storage>::kNever) {  // none of them is allowed, unless one is a NaN
+      T sum = 0;
+      for (int64_t j = 0; j < count; ++j) sum += scores[j] == largest ? T(0) : scores[j];
+      for (int64_t j = 0; j < count; ++j) store(weights + j, sum);
+      own.sums[number] += sum;
       return;
     }
     Vec<T> sums{};
     T sum = 0;
     for_each_lanes<T>(count, [&](int64_t j, auto lanes) {
       using V = decltype(lanes);
-      const V weight = exponential<T>(load_as<V>(scores + j) - largest);
+      const V weight = row.weight(load_as<V>(scores + j), largest);
       store(weights + j, weight);
       if constexpr (std::is_same<V, T>::value) {
         sum += weight;
@@ -202,7 +280,7 @@ class AttentionForwardPass {
       }
     });
     sum += sum_of_lanes(sums);
-    const T shrinkage = exponential<T>(own.largest[number] - largest);
+    const T shrinkage = row.weight(own.largest[number], largest);
     own.sums[number] = own.sums[number] * shrinkage + sum;
     own.largest[number] = largest;
     if (shrinkage == 1) return;
@@ -230,6 +308,7 @@ class AttentionForwardPass {
   const AttentionForward& call_;
   const AttentionLayer& layer_;
   const Walk walk_;
+  bool streams_;
   int64_t key_stride_, output_stride_;
   Scratch scratch_[Walk::kMostThreads];
   std::atomic<int64_t> next_{0};

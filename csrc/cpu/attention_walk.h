@@ -41,11 +41,12 @@ inline void random_row(uint64_t seed, int64_t head, int64_t row, int64_t begin, 
   for (int64_t group = begin / kRandomGroup; group < end / kRandomGroup; ++group) {
     uint32_t* target = words + group * kRandomGroup - begin;
     for (int lane = 0; lane < kRandomLanes; lane += WideLanes::kWidth) {
-      Word counter[4] = {Word{}, Word{} + static_cast<uint32_t>(row),
-                         Word{} + static_cast<uint32_t>(head), Word{}};
+      Word lanes{};
       for (int i = 0; i < WideLanes::kWidth; ++i) {
-        counter[0][i] = static_cast<uint32_t>(group * kRandomLanes + lane + i);
+        lanes[i] = static_cast<uint32_t>(group * kRandomLanes + lane + i);
       }
+      Word counter[4] = {lanes, Word{} + static_cast<uint32_t>(row),
+                         Word{} + static_cast<uint32_t>(head), Word{}};
       philox<WideLanes>(counter, seed);
       for (int i = 0; i < 4; ++i) {
         const WideLanes::Narrow narrow = __builtin_convertvector(counter[i], WideLanes::Narrow);
@@ -133,6 +134,13 @@ struct ScoreRow {
     if (layer.bias) bias = static_cast<const Storage*>(layer.bias) + place;
     if (layer.allowed) allowed = layer.allowed + place;
     if (layer.slopes) slope = layer.slopes[batch * layer.slope_batch_stride + head];
+  }
+
+  // e^(score - reference)
+  template <class V>
+  static HOST_DEVICE V weight(V score, T reference) {
+    constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
+    return exponential_of_two<T>(score * kLog2E - reference * kLog2E);
   }
 
   bool is_plain() const { return softcap == 0 && slope == 0 && !bias && !allowed; }

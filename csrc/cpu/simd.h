@@ -125,6 +125,12 @@ HOST_DEVICE Vec<T> at_most(Vec<T> x, T bound) {
   return {bounds < x.value ? bounds : x.value};
 }
 
+// The larger one; the right one if either is a NaN.
+template <class T>
+HOST_DEVICE Vec<T> larger(Vec<T> left, Vec<T> right) {
+  return {left.value > right.value ? left.value : right.value};
+}
+
 template <class T>
 HOST_DEVICE Vec<T> zero_below(Vec<T> value, Vec<T> x, T bound) {
   const typename Vec<T>::Native zero{};
