@@ -24,6 +24,7 @@ class LstmTensors:
 def lstm_forward(
     layer: LstmTensors, packed: Tensor | None, results: Sequence[Tensor | None], threads: int
 ) -> None: ...
+
 class AttentionTensors:
     def __init__(
         self,

@@ -69,8 +69,8 @@ PYBIND11_MODULE(_native_cpu, m) {
                        py::object allowed, py::object slopes, double scale, double softcap,
                        int64_t left, int64_t right, int64_t diagonal, double dropout,
                        uint64_t seed) {
-             return AttentionTensors{query, key,  value, bias,     allowed, slopes, scale, softcap,
-                                     left,  right, diagonal, dropout, seed};
+             return AttentionTensors{query,   key,  value, bias,     allowed, slopes, scale,
+                                     softcap, left, right, diagonal, dropout, seed};
            }),
            py::arg("query"), py::arg("key"), py::arg("value"), py::arg("bias"), py::arg("allowed"),
            py::arg("slopes"), py::arg("scale"), py::arg("softcap"), py::arg("left"),
@@ -78,8 +78,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("attention_forward", &attention_forward, py::arg("layer"), py::arg("output"),
         py::arg("logsumexp"), py::arg("threads"));
   m.def("attention_backward", &attention_backward, py::arg("layer"), py::arg("output"),
-        py::arg("logsumexp"), py::arg("output_gradient"), py::arg("gradients"),
-        py::arg("threads"));
+        py::arg("logsumexp"), py::arg("output_gradient"), py::arg("gradients"), py::arg("threads"));
   m.def("attention_random_words", &attention_random_words, py::arg("seed"), py::arg("head"),
         py::arg("words"));
 

@@ -24,7 +24,7 @@ struct ExponentialConstants<float> {
   static constexpr float kHighest = 89.0f;  // e^x overflows from 88.73
   static constexpr float kLowest = -86.9f;  // below, e^x / 2 is not a normal number
   static constexpr float kLowestPower = -127.0f;
-  static constexpr int kTerms = 6;          // of the series of (e^r - 1 - r) / r^2
+  static constexpr int kTerms = 6;  // of the series of (e^r - 1 - r) / r^2
 };
 
 template <>

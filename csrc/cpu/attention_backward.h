@@ -181,7 +181,8 @@ class AttentionBackwardPass {
       pack_rows<F>([&](int64_t n) { return own.queries + (first + n) * stride_; }, count, features_,
                    0, features_, own.query_panels + first * stride_);
       pack_rows<F>([&](int64_t n) { return own.gradients + (first + n) * value_stride_; }, count,
-                   value_features_, 0, value_features_, own.gradient_panels + first * value_stride_);
+                   value_features_, 0, value_features_,
+                   own.gradient_panels + first * value_stride_);
     }
     for (int64_t i = 0; i < queries; ++i) {
       const Storage* output = walk_.row(call_.output, batch, head, i);
@@ -212,7 +213,8 @@ class AttentionBackwardPass {
     }
     if (splits_ > 1) return;
     for (int64_t i = 0; i < queries; ++i) {
-      convert_row(query_sums + i * stride_, features_, target(call_.query_gradient, batch, head, i));
+      convert_row(query_sums + i * stride_, features_,
+                  target(call_.query_gradient, batch, head, i));
     }
   }
 
@@ -286,8 +288,7 @@ class AttentionBackwardPass {
                      int64_t query, Range seen, const T* products, const T* value_products,
                      F* weights, F* gradients) const {
     const int64_t count = seen.end - seen.begin, number = batch * layer_.heads + head;
-    const T logsumexp =
-        static_cast<const T*>(call_.logsumexp)[number * layer_.queries + query];
+    const T logsumexp = static_cast<const T*>(call_.logsumexp)[number * layer_.queries + query];
     if (logsumexp == ScoreRow<Storage>::kNever) {
       store_zeros<T>(weights, count);
       store_zeros<T>(gradients, count);

@@ -57,12 +57,13 @@ class AttentionForwardPass {
       const int64_t batch = task / parts / layer_.heads, head = task / parts % layer_.heads;
       // From the last queries on: with causal masks they need the most keys.
       const int64_t begin = (parts - 1 - task % parts) * kTaskQueries;
-      const int64_t end = begin + kTaskQueries < layer_.queries ? begin + kTaskQueries
-                                                                : layer_.queries;
+      const int64_t end =
+          begin + kTaskQueries < layer_.queries ? begin + kTaskQueries : layer_.queries;
       const Range seen = walk_.visible(begin, end);
       const Range tiles{rounded_down(seen.begin, kTileKeys), seen.end};
       const int64_t source = batch * layer_.key_heads + walk_.key_head(head);
-      if (!streams_ && (packed_for != source || tiles.begin < packed_begin || tiles.end > packed_end)) {
+      if (!streams_ &&
+          (packed_for != source || tiles.begin < packed_begin || tiles.end > packed_end)) {
         for (int64_t tile = tiles.begin; tile < tiles.end; tile += kTileKeys) {
           pack_tile(own, batch, walk_.key_head(head), tile);
         }
@@ -259,7 +260,8 @@ class AttentionForwardPass {
         most = larger(score, most);
       }
     });
-    for (int i = 0; i < Vec<T>::kWidth; ++i) largest = most.value[i] > largest ? most.value[i] : largest;
+    for (int i = 0; i < Vec<T>::kWidth; ++i)
+      largest = most.value[i] > largest ? most.value[i] : largest;
     if (largest == ScoreRow<Storage>::kNever) {  // none of them is allowed, unless one is a NaN
       T sum = 0;
       for (int64_t j = 0; j < count; ++j) sum += scores[j] == largest ? T(0) : scores[j];
@@ -300,8 +302,8 @@ class AttentionForwardPass {
     for_each_lanes<T>(layer_.value_features, [&](int64_t j, auto lanes) {
       store(output + j, load_as<decltype(lanes)>(own_outputs + j) * inverse);
     });
-    static_cast<T*>(call_.logsumexp)[(batch * layer_.heads + head) * layer_.queries + first +
-                                     number] =
+    static_cast<T*>(
+        call_.logsumexp)[(batch * layer_.heads + head) * layer_.queries + first + number] =
         sum == 0 ? ScoreRow<Storage>::kNever : own.largest[number] + std::log(sum);
   }
 

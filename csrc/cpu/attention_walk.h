@@ -140,7 +140,7 @@ struct ScoreRow {
   template <class V>
   static HOST_DEVICE V weight(V score, T reference) {
     constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
-    return exponential_of_two<T>(score * kLog2E - reference * kLog2E);
+    return exponential_of_two<T>((score - reference) * kLog2E);
   }
 
   bool is_plain() const { return softcap == 0 && slope == 0 && !bias && !allowed; }
@@ -175,7 +175,8 @@ void dropout_factors(const AttentionLayer& layer, int64_t head, int64_t row, Ran
   const uint32_t threshold = static_cast<uint32_t>(layer.dropout * 4294967296.0);
   const T kept = static_cast<T>(1 / (1 - layer.dropout));
   const uint32_t* own = words + (keys.begin - begin);
-  for (int64_t i = 0; i < keys.end - keys.begin; ++i) factors[i] = own[i] >= threshold ? kept : T(0);
+  for (int64_t i = 0; i < keys.end - keys.begin; ++i)
+    factors[i] = own[i] >= threshold ? kept : T(0);
 }
 
 template <class V, class F>

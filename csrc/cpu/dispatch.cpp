@@ -35,11 +35,11 @@ bool cpu_runs(const std::string& isa) {
 
 const std::vector<InstructionSet>& instruction_sets() {
 #define FASTOPT_LIST_KERNELS(isa) \
-  {#isa,                                                                              \
-   cpu_runs(#isa),                                                                    \
-   &isa::kOptimizerKernels,                                                           \
-   &isa::kGradNormKernels,                                                            \
-   &isa::kLstmKernels,                                                                \
+  {#isa,                          \
+   cpu_runs(#isa),                \
+   &isa::kOptimizerKernels,       \
+   &isa::kGradNormKernels,        \
+   &isa::kLstmKernels,            \
    &isa::kAttentionKernels},
   static const std::vector<InstructionSet> sets = {FASTOPT_FOR_EACH_ISA(FASTOPT_LIST_KERNELS)};
   return sets;

@@ -165,7 +165,6 @@ HOST_DEVICE Vec<double> square_root(Vec<double> vector) {
 
 // load_as<V>: one value or a vector of them, from storage of any kind. store: the way back.
 
-
 template <class V, class Storage>
 struct Lanes {  // V is a scalar
   static HOST_DEVICE V load(const Storage* source) { return fastopt::load(source); }

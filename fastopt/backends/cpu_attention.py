@@ -74,6 +74,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def cast_by_autocast(*tensors: Tensor) -> list[Tensor]:
+    """What autocast makes of them: it runs attention in its lower precision."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t
+        for t in tensors
+    ]
+
+
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
     """``[batch, heads, queries, value_features]``, in memory heads lie beside each other."""
     batch, heads, queries, _ = query.shape

@@ -69,7 +69,7 @@ def not_plain(what: str, tensor: Tensor, device: str) -> str | None:
 
 
 def transformed() -> str | None:
-    """Why no operator of ours runs now, whatever the tensors: tangents and transforms pass it by."""
+    """Why no operator of ours runs now, whatever the tensors, or None."""
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation has no tangents of the kernels"
     # Not "is not None": Dynamo takes what it wraps for something.

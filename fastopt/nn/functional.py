@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from fastopt.backends.contract import AttentionRequest
+from fastopt.backends.cpu_attention import cast_by_autocast
 from fastopt.ops.attention import attention as run_attention
 
 
@@ -44,11 +45,10 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: As torch.
     """
-    tensors = _cast(query, key, value)
     request = None
-    if _fits(*tensors, attn_mask, dropout_p, is_causal, enable_gqa):
+    if _fits(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         request = _request(
-            *tensors, attn_mask, dropout_p, scale, 0.0, -1, 0 if is_causal else -1, 0, None
+            query, key, value, attn_mask, dropout_p, scale, 0.0, -1, 0 if is_causal else -1, 0, None
         )
     result = None if request is None else run_attention(request)
     if result is None:
@@ -121,9 +121,8 @@ def attention(
     diagonal = key.size(2) - query.size(2)
     slopes = None if alibi_slopes is None else alibi_slopes.expand(query.shape[:2])
     request = _request(
-        *_cast(query, key, value), attn_mask, dropout_p, scale, softcap, left, right, diagonal,
-        slopes,
-    )  # fmt: skip
+        query, key, value, attn_mask, dropout_p, scale, softcap, left, right, diagonal, slopes
+    )
     result = run_attention(request, backend)
     if result is None:
         if return_lse:
@@ -132,18 +131,6 @@ def attention(
             query, key, value, attn_mask, dropout_p, causal, scale=scale, enable_gqa=True
         )
     return result if return_lse else result[0]
-
-
-def _cast(*tensors: Tensor) -> list[Tensor]:
-    """What autocast makes of them: it runs attention in its lower precision."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [
-        t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t
-        for t in tensors
-    ]
 
 
 def _fits(
@@ -176,6 +163,7 @@ def _request(
     diagonal: int,
     slopes: Tensor | None,
 ) -> AttentionRequest:
+    query, key, value = cast_by_autocast(query, key, value)
     if query.dim() == 3:  # heads without a batch
         query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
     bias = allowed = None
@@ -185,7 +173,7 @@ def _request(
         if mask.dtype is torch.bool:
             allowed = mask
         else:
-            bias = mask.to(query.dtype) if torch.is_autocast_enabled("cpu") else mask
+            bias = mask if mask.dtype is query.dtype else cast_by_autocast(mask)[0]
     features = query.size(-1)
     return AttentionRequest(
         query, key, value, bias, allowed, slopes, None, float(dropout),

@@ -88,7 +88,9 @@ def _differentiable_gradients(
     return [next(found) if want else None for want in wanted]
 
 
-def attention(request: AttentionRequest, backend: str | None = None) -> tuple[Tensor, Tensor] | None:
+def attention(
+    request: AttentionRequest, backend: str | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Runs an attention.
 
     Args:

@@ -1,0 +1,411 @@
+"""Attention against the reference in double precision, against stock, and as an operator."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as stock_attention
+from torch.testing._internal.common_methods_invocations import op_db
+
+from fastopt import _native_cpu, use_backend
+from fastopt.nn.functional import attention, scaled_dot_product_attention
+from tolerances import assert_matches, assert_no_worse_than_stock
+
+WIDE = (torch.float32, torch.float64)
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class Case(NamedTuple):
+    """Sizes, options, and the shape of a mask."""
+
+    sizes: tuple[int, int, int, int, int, int, int]  # batch, heads, key heads, q, k, features, of v
+    options: dict[str, Any] = {}  # noqa: RUF012 (of a tuple)
+    mask: tuple[int, ...] | None = None
+    boolean: bool = False
+
+
+USUAL = (2, 4, 4, 50, 70, 32, 32)
+CASES = {
+    "plain": Case(USUAL),
+    "one of everything": Case((1, 1, 1, 1, 1, 1, 1)),
+    "odd": Case((1, 3, 3, 13, 11, 7, 5)),
+    "several tiles": Case((1, 2, 2, 130, 521, 64, 40)),
+    "wide": Case((1, 1, 1, 20, 30, 200, 136)),
+    "causal": Case((1, 2, 2, 300, 300, 16, 16), {"causal": True}),
+    "causal, more queries": Case((2, 2, 2, 90, 40, 16, 16), {"causal": True}),
+    "causal, more keys": Case((2, 2, 2, 40, 290, 16, 16), {"causal": True}),
+    "window": Case((1, 2, 2, 300, 300, 16, 16), {"window_size": (37, 11)}),
+    "window to the left": Case((1, 2, 2, 5, 300, 16, 16), {"window_size": (20, 0)}),
+    "window beyond the keys": Case((1, 2, 2, 70, 20, 16, 16), {"window_size": (3, 2)}),
+    "softcap": Case(USUAL, {"softcap": 1.5}),
+    "alibi": Case(USUAL, {"alibi_slopes": torch.tensor([0.5, 0.1, 0.0, 2.0])}),
+    "negative scale": Case(USUAL, {"scale": -0.7}),
+    "groups": Case((2, 6, 2, 50, 70, 24, 24)),
+    "bias": Case(USUAL, mask=(2, 4, 50, 70)),
+    "bias of heads": Case(USUAL, mask=(4, 50, 70)),
+    "bias for all": Case(USUAL, mask=(50, 70)),
+    "bias of keys": Case(USUAL, mask=(2, 1, 1, 70)),
+    "bias of queries": Case(USUAL, mask=(2, 4, 50, 1)),
+    "bias of groups": Case((2, 6, 3, 20, 30, 8, 8), mask=(2, 1, 20, 30)),
+    "allowed": Case(USUAL, mask=(2, 1, 50, 70), boolean=True),
+    "rows that see nothing": Case(USUAL, mask=(2, 1, 50, 1), boolean=True),
+    "keys that nobody sees": Case(USUAL, mask=(70,), boolean=True),
+    "everything": Case(
+        (2, 4, 2, 60, 90, 24, 40),
+        {"causal": True, "softcap": 3.0, "alibi_slopes": torch.rand(2, 4), "dropout_p": 0.2},
+        mask=(4, 60, 90),
+    ),
+    "dropout": Case((2, 4, 4, 50, 170, 32, 32), {"dropout_p": 0.3}),
+    "one query": Case((2, 4, 2, 1, 700, 64, 64)),
+    "few queries": Case((2, 2, 2, 3, 301, 33, 70), {"causal": True}),
+}
+
+
+def tensors(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """Query, key and value; a mask; the gradient of the output. Values that the dtype has."""
+    batch, heads, key_heads, queries, keys, features, value_features = case.sizes
+    shapes = (
+        (batch, heads, queries, features),
+        (batch, key_heads, keys, features),
+        (batch, key_heads, keys, value_features),
+    )
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    gradient = torch.randn(batch, heads, queries, value_features).to(dtype)
+    mask = None
+    if case.mask is not None:
+        mask = torch.rand(case.mask) > 0.4 if case.boolean else torch.randn(case.mask).to(dtype)
+    return inputs, mask, gradient
+
+
+def run(
+    case: Case, dtype: torch.dtype, backend: str, given: tuple[Any, ...] | None = None
+) -> dict[str, Tensor]:
+    """Outputs and gradients, by name; the reference computes in double precision throughout."""
+    inputs, mask, gradient = given or tensors(case, dtype)
+    wide = torch.float64 if backend == "reference" else dtype
+    leaves = dict(zip("qkv", [x.to(wide).requires_grad_() for x in inputs], strict=True))
+    if mask is not None and not case.boolean:
+        mask = mask.to(wide).requires_grad_()
+        leaves["mask"] = mask
+    torch.manual_seed(3)
+    output, logsumexp = attention(
+        leaves["q"], leaves["k"], leaves["v"], attn_mask=mask, return_lse=True, backend=backend,
+        **case.options,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(output, list(leaves.values()), gradient.to(wide))
+    named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return {"output": output, "logsumexp": logsumexp, **named}
+
+
+@pytest.mark.parametrize("dtype", [*WIDE, *NARROW], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    given = tensors(case, dtype)
+    actual, expected = run(case, dtype, "cpu", given), run(case, dtype, "reference", given)
+    for key, value in expected.items():
+        ours = actual[key]
+        if key == "logsumexp":
+            precise = torch.float64 if dtype is torch.float64 else torch.float32
+            assert_matches(ours, value.to(precise), op="attention", dtype=precise)
+        elif dtype in WIDE:
+            assert_matches(ours, value.to(dtype), op="attention", dtype=dtype)
+        else:  # two factors in the lower precision go into every product
+            # Over all keys, the gradients of a bias cancel.
+            size = value.abs().max().clamp_min(0.5 if key == "gradient of mask" else 1e-3)
+            eps = torch.finfo(dtype).eps
+            atol = float(3 * eps * size)
+            torch.testing.assert_close(ours.double(), value, rtol=4 * eps, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_low_precision_is_no_worse_than_stock(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, 100, 40).to(dtype) for _ in range(3))
+    truth = stock_attention(query.double(), key.double(), value.double(), is_causal=True)
+    actual = scaled_dot_product_attention(query, key, value, is_causal=True)
+    stock = stock_attention(query, key, value, is_causal=True)
+    assert_no_worse_than_stock(actual, stock, truth)
+
+
+SDPA = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
+
+
+def _doubled(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_samples_of_torch(dtype: torch.dtype) -> None:
+    count = 0
+    for sample in SDPA.sample_inputs("cpu", dtype, requires_grad=True):
+        if sample.kwargs.get("dropout_p", 0) > 0:
+            continue
+        results = []
+        for function, wide in (
+            (scaled_dot_product_attention, False),
+            (stock_attention, False),
+            (stock_attention, True),
+        ):
+            given, keywords = [sample.input, *sample.args], dict(sample.kwargs)
+            if wide:
+                given = [_doubled(t) for t in given]
+                keywords = {name: _doubled(value) for name, value in keywords.items()}
+            output = function(*given, **keywords)
+            leaves = [t for t in (*given, *keywords.values()) if isinstance(t, Tensor)]
+            leaves = [leaf for leaf in leaves if leaf.requires_grad]
+            gradients = torch.autograd.grad(output.sin().sum(), leaves, allow_unused=True)
+            results.append([output, *gradients])
+        for actual, stock, truth in zip(*results, strict=True):
+            if stock is None:
+                assert actual is None
+            elif dtype is torch.float64:
+                assert_matches(actual, truth, op="attention", dtype=dtype)
+            else:
+                assert_no_worse_than_stock(actual, stock, truth)
+        count += 1
+    assert count > 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_sizes_and_strides(data: st.DataObject) -> None:
+    small = st.integers(1, 40)
+    group, key_heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    batch = data.draw(st.integers(1, 2))
+    queries, keys, features = (data.draw(small) for _ in range(3))
+    case = Case(
+        (batch, group * key_heads, key_heads, queries, keys, features, data.draw(small)),
+        {
+            "causal": data.draw(st.booleans()),
+            "window_size": data.draw(st.sampled_from([(-1, -1), (5, 3), (0, 0)])),
+        },
+        mask=data.draw(st.sampled_from([None, (queries, keys)])),
+        boolean=data.draw(st.booleans()),
+    )
+    inputs, mask, gradient = tensors(case, torch.float32)
+    expected = run(case, torch.float32, "reference", (inputs, mask, gradient))
+    # The layout that a module has: heads beside each other, or features not contiguous at all.
+    order = data.draw(st.sampled_from([(0, 2, 1, 3), (0, 1, 3, 2), (3, 2, 1, 0)]))
+    back = [order.index(i) for i in range(4)]
+    inputs = [x.permute(order).contiguous().permute(back) for x in inputs]
+    gradient = gradient.permute(order).contiguous().permute(back)
+    actual = run(case, torch.float32, "cpu", (inputs, mask, gradient))
+    for key, value in expected.items():
+        assert_matches(actual[key], value.float(), op="attention", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["causal", "groups", "everything", "bias for all"])
+def test_bits_do_not_depend_on_the_threads(name: str) -> None:
+    given = tensors(CASES[name], torch.float32)
+    results = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results.append(run(CASES[name], torch.float32, "cpu", given))
+    for one, other in itertools.pairwise(results):
+        for key in one:
+            assert torch.equal(one[key], other[key]), key
+
+
+@pytest.mark.parametrize("isa", _native_cpu.instruction_sets)
+def test_each_instruction_set(isa: str) -> None:
+    program = (
+        "import torch, test_attention as t\n"
+        "for name in ('plain', 'odd', 'everything', 'one query'):\n"
+        "    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n"
+        "        t.test_agrees_with_the_reference(name, dtype)\n"
+        "print(t._native_cpu.instruction_set)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], env={"FASTOPT_CPU_ISA": isa, "PATH": ""},
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith(isa)
+
+
+def test_dropout_is_torchs_to_seed_and_drops_what_it_says() -> None:
+    query, key = torch.zeros(1, 4, 200, 8), torch.zeros(1, 4, 500, 8)
+    value = torch.eye(500).expand(1, 4, 500, 500)
+
+    def weights(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return scaled_dot_product_attention(query, key, value, dropout_p=0.3)
+
+    first, second = weights(1), weights(1)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, weights(2))
+    kept = first != 0
+    torch.testing.assert_close(first[kept], torch.full_like(first[kept], 1 / (500 * 0.7)))
+    total = kept.numel()
+    spread = (total * 0.3 * 0.7) ** 0.5
+    assert abs(int(kept.sum()) - 0.7 * total) < 5 * spread
+    # Neighbours, in rows, columns and heads, know nothing of each other.
+    both = 0.49 * total
+    for dim in (1, 2, 3):
+        pairs = (kept & kept.roll(1, dim)).sum()
+        assert abs(int(pairs) - both) < 6 * (total * 0.49 * 0.51) ** 0.5
+
+
+def test_dropout_of_the_stream_of_philox() -> None:
+    """The known answer of Philox 4x32 with ten rounds for counter and key of zeros."""
+    words = torch.empty((1, 64), dtype=torch.int32)
+    _native_cpu.attention_random_words(0, 0, words)
+    found = [int(words[0, 16 * i]) & 0xFFFFFFFF for i in range(4)]
+    assert found == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "mask"])
+def test_nan_propagates(name: str) -> None:
+    query, key, value = (torch.randn(1, 2, 40, 8) for _ in range(3))
+    mask = torch.zeros(40, 40)
+    poisoned = {"query": query, "key": key, "value": value, "mask": mask}[name]
+    poisoned.view(-1)[5] = torch.nan
+    actual = scaled_dot_product_attention(query, key, value, mask)
+    expected = stock_attention(query.double(), key.double(), value.double(), mask.double())
+    assert torch.equal(actual.isnan(), expected.isnan())
+
+
+def test_a_row_of_nothing_but_nan_is_nan() -> None:
+    query = torch.full((1, 1, 20, 8), torch.nan)
+    key = value = torch.randn(1, 1, 20, 8)
+    assert scaled_dot_product_attention(query, key, value).isnan().all()
+
+
+def test_gradcheck_and_gradgradcheck() -> None:
+    inputs = [torch.randn(1, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 5, 5)]
+    bias = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        return attention(query, key, value, attn_mask=bias, softcap=2.0, causal=True)  # type: ignore[return-value]
+
+    assert torch.autograd.gradcheck(call, (*inputs, bias))
+    assert torch.autograd.gradgradcheck(call, (*inputs, bias))
+
+
+def test_opcheck() -> None:
+    inputs = [torch.randn(1, 2, n, 3, requires_grad=True) for n in (4, 5, 5)]
+    bias = torch.randn(1, 1, 4, 5, requires_grad=True)
+    arguments = (*inputs, bias, None, None, torch.tensor(3), 0.2, 0.5, 0.0, -1, 0, 0)
+    torch.library.opcheck(torch.ops.fastopt.attention, arguments)
+
+
+def test_compiles_into_one_graph() -> None:
+    inputs = [torch.randn(2, 3, 20, 8, requires_grad=True) for _ in range(3)]
+
+    def call(*tensors: Tensor) -> Tensor:
+        return scaled_dot_product_attention(*tensors, is_causal=True).sin().sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(call(*inputs), inputs)
+    gradients = torch.autograd.grad(compiled(*inputs), inputs)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert_matches(actual, wanted, op="attention", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp", "dual", "grad"])
+def test_transforms_go_to_torch(transform: str) -> None:
+    inputs = tuple(torch.randn(2, 3, 6, 4, dtype=torch.float64) for _ in range(3))
+
+    def outcome(function: Any) -> Tensor:
+        if transform == "vmap":
+            return torch.vmap(function)(*[x[None].expand(2, *x.shape) for x in inputs])
+        if transform == "jvp":
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                return torch.func.jvp(function, inputs, inputs)[1]
+        if transform == "dual":
+            from torch.autograd import forward_ad
+
+            with (
+                forward_ad.dual_level(),
+                torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            ):
+                duals = [forward_ad.make_dual(x, x) for x in inputs]
+                return forward_ad.unpack_dual(function(*duals)).tangent
+        return torch.func.grad(lambda *x: function(*x).sin().sum())(*inputs)
+
+    assert_matches(
+        outcome(scaled_dot_product_attention), outcome(stock_attention), op="attention",
+        dtype=torch.float64,
+    )  # fmt: skip
+
+
+def test_autocast_as_stock() -> None:
+    query, key, value = (torch.randn(1, 2, 30, 8) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = scaled_dot_product_attention(query, key, value)
+        expected = stock_attention(query, key, value)
+    assert actual.dtype is expected.dtype is torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(2, 3, 4, 8), (2, 3, 5, 7), (2, 3, 5, 8)],
+        [(2, 3, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8)],
+        [(8,), (8,), (8,)],
+    ],
+)
+def test_errors_are_torchs(shapes: list[tuple[int, ...]]) -> None:
+    inputs = [torch.randn(shape) for shape in shapes]
+    with pytest.raises(Exception) as stock:
+        stock_attention(*inputs)
+    with pytest.raises(type(stock.value)) as ours:
+        scaled_dot_product_attention(*inputs)
+    assert str(ours.value) == str(stock.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 8), (2, 2, 0, 8)])
+def test_empty_as_stock(shape: tuple[int, ...]) -> None:
+    inputs = [torch.randn(shape) for _ in range(3)]
+    assert scaled_dot_product_attention(*inputs).shape == stock_attention(*inputs).shape
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
+        ({"softcap": -1.0}, "softcap must be finite and not negative, got -1.0"),
+        ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \[heads\].*got \(3,\)"),
+    ],
+)
+def test_what_is_out_of_range_is_named(options: dict[str, Any], text: str) -> None:
+    inputs = [torch.randn(1, 2, 4, 8) for _ in range(3)]
+    with pytest.raises(ValueError, match=text):
+        attention(*inputs, **options)
+
+
+def test_a_named_backend_does_not_fall_back() -> None:
+    inputs = [torch.randn(1, 2, 4, 8) for _ in range(3)]
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"key has dtype torch\.float64"):
+        scaled_dot_product_attention(inputs[0], inputs[1].double(), inputs[2])
+    with pytest.raises(RuntimeError, match="torch has neither softcap nor ALiBi"):
+        attention(*inputs, softcap=1.0, backend="torch")
+
+
+def test_memory_does_not_grow_with_the_square_of_the_keys() -> None:
+    """A table of the scores would take 256 MiB."""
+    program = (
+        "import resource, torch\n"
+        "from fastopt.nn.functional import scaled_dot_product_attention as f\n"
+        "q, k, v = (torch.randn(1, 1, 8192, 64, requires_grad=True) for _ in range(3))\n"
+        "f(q[:, :, :64], k[:, :, :64], v[:, :, :64]).sum().backward()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "f(q, k, v, is_causal=True).sum().backward()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) < 100 * 1024  # KiB
