@@ -171,8 +171,9 @@ def test_samples_of_torch(dtype: torch.dtype) -> None:
                 assert actual is None
             elif dtype is torch.float64:
                 assert_matches(actual, truth, op="attention", dtype=dtype)
-            else:
-                assert_no_worse_than_stock(actual, stock, truth)
+            else:  # scores of a hundred and more: their last place is 1e-5 of a weight
+                atol = 5e-5 * float(truth.abs().max())
+                torch.testing.assert_close(actual.double(), truth, rtol=0, atol=atol)
         count += 1
     assert count > 4
 
