@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench import lstm_contenders, optimizer_contenders, probes
+from bench import attention_contenders, lstm_contenders, optimizer_contenders, probes
+from bench.attention_cases import ATTENTION_CASES
 from bench.cases import Case, ComputeCase
 from bench.lstm_cases import LSTM_CASES
 from bench.optimizer_cases import OPTIMIZER_CASES
@@ -124,7 +125,19 @@ LSTM = Operator(
     note=COMPUTE_NOTE,
 )
 
-OPERATORS = (OPTIMIZERS, LSTM)
+ATTENTION = Operator(
+    cases=ATTENTION_CASES,
+    check_parity=attention_contenders.check_parity,
+    clipped=attention_contenders.clipped,
+    contenders=attention_contenders.attention_contenders,
+    stock=attention_contenders.STOCK,
+    limit=OF_PEAK,
+    figures=_compute_figures,
+    columns=(GIGAFLOPS, OF_PEAK, MEMORY),
+    note=COMPUTE_NOTE,
+)
+
+OPERATORS = (OPTIMIZERS, LSTM, ATTENTION)
 
 
 def find(case_name: str) -> tuple[Operator, Case]:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import lstm_contenders, report, results
+from bench import attention_contenders, lstm_contenders, report, results
+from bench.attention_cases import ATTENTION_CASES, AttentionCase
 from bench.lstm_cases import LSTM_CASES, LSTMCase
 from bench.operators import LSTM, OPERATORS, OPTIMIZERS, Operator
 from bench.optimizer_cases import GPT2
@@ -46,6 +47,14 @@ def test_names_are_unique() -> None:
 @pytest.mark.parametrize(("operator", "case"), CASES.values(), ids=CASES)
 def test_every_case_is_right_before_it_is_timed(operator: Operator, case: Any) -> None:
     operator.check_parity(case)
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+def test_every_attention_contender_does_the_whole_call(case: AttentionCase) -> None:
+    small = attention_contenders.clipped(case)
+    for contender in attention_contenders.attention_contenders(small).values():
+        contender.prepare()
+        contender.call()
 
 
 @pytest.mark.parametrize("case", LSTM_CASES, ids=lambda case: case.name)

@@ -1,6 +1,18 @@
 """The names and arguments of ``torch.nn``, on fastopt's kernels."""
 
 from fastopt.nn import functional, utils
+from fastopt.nn.attention import (
+    MultiheadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
 from fastopt.nn.lstm import LSTM
 
-__all__ = ["LSTM", "functional", "utils"]
+__all__ = [
+    "LSTM",
+    "MultiheadAttention",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
+    "functional",
+    "utils",
+]

@@ -10,7 +10,9 @@ from torch.nn import functional as torch_functional
 
 from fastopt.backends.contract import AttentionRequest
 from fastopt.backends.cpu_attention import cast_by_autocast
+from fastopt.backends.reference import dropout_factors
 from fastopt.ops.attention import attention as run_attention
+from fastopt.ops.attention import with_seed
 
 
 def scaled_dot_product_attention(
@@ -131,6 +133,37 @@ def attention(
             query, key, value, attn_mask, dropout_p, causal, scale=scale, enable_gqa=True
         )
     return result if return_lse else result[0]
+
+
+def attention_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """Attention, and beside it the weights that it summed the values with, dropout included.
+
+    Args:
+        query: ``[batch, heads, queries, features]``.
+        key: ``[batch, heads, keys, features]``.
+        value: ``[batch, heads, keys, value_features]``.
+        attn_mask: As for ``scaled_dot_product_attention``.
+        dropout_p: As for ``scaled_dot_product_attention``.
+
+    Returns:
+        Output, and ``[batch, heads, queries, keys]``.
+    """
+    request = _request(query, key, value, attn_mask, dropout_p, None, 0.0, -1, -1, 0, None)
+    if dropout_p > 0:
+        request = with_seed(request)
+    result = run_attention(request)
+    scores = request.query @ request.key.transpose(-2, -1) * request.scale
+    if request.bias is not None:
+        scores = scores + request.bias
+    if request.allowed is not None:
+        scores = scores.masked_fill(~request.allowed, -torch.inf)
+    unseen = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(unseen, 0), -1).masked_fill(unseen, 0)
+    if dropout_p > 0:
+        weights = weights * dropout_factors(request).to(weights)
+    return weights @ request.value if result is None else result[0], weights
 
 
 def _fits(

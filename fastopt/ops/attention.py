@@ -88,6 +88,11 @@ def _differentiable_gradients(
     return [next(found) if want else None for want in wanted]
 
 
+def with_seed(request: AttentionRequest) -> AttentionRequest:
+    """The request with a seed drawn from torch's generator of the CPU."""
+    return dataclasses.replace(request, seed=torch.empty((), dtype=torch.int64).random_())
+
+
 def attention(
     request: AttentionRequest, backend: str | None = None
 ) -> tuple[Tensor, Tensor] | None:
@@ -110,8 +115,7 @@ def attention(
     if chosen == "torch":
         return None
     if request.dropout > 0 and request.seed is None:
-        seed = torch.empty((), dtype=torch.int64).random_()
-        request = dataclasses.replace(request, seed=seed)
+        request = with_seed(request)
     if chosen == "reference":
         return reference_attention(request)
     output, logsumexp = torch.ops.fastopt.attention(
