@@ -20,7 +20,7 @@ LEAST_GROWTH = 4 * 1024 * 1024
 def fma_peak(dtype: torch.dtype, threads: int) -> float:
     """Operations per second of fused multiply-adds on registers, two for each.
 
-    bf16 is held to fp32's: it is stored in 16 bits and computed in fp32.
+    bf16 is held to fp32's, which an instruction that multiplies pairs of bf16 can exceed.
     """
     single = max(_native_cpu.fma_peak(threads) for _ in range(5))
     return single / 2 if dtype is torch.float64 else single

@@ -22,11 +22,8 @@ from fastopt.backends.contract import (
 )
 from fastopt.backends.cpu_attention import refuse_attention
 from fastopt.backends.cpu_lstm import refuse_lstm
-from fastopt.backends.plain_tensors import refuse_request
+from fastopt.backends.plain_tensors import REAL_DTYPES, refuse_request
 from fastopt.backends.planning import bump_versions, named_refusal, planned_parameters
-
-# By their numbers in core/dtypes.h.
-REAL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # "" where this torch has the interfaces that the kernels read tensors through.
 MISSING_IN_TORCH = _native_cpu.initialise(torch)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastopt import _native_cpu
 from fastopt.backends.contract import AttentionRequest
-from fastopt.backends.plain_tensors import not_plain, transformed
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fastopt.backends.plain_tensors import REAL_DTYPES, compute_dtype, not_plain, transformed
 
 
 def refuse_attention(request: AttentionRequest) -> str | None:
@@ -21,27 +19,22 @@ def refuse_attention(request: AttentionRequest) -> str | None:
     if request.device.type != "cpu":
         return f"the queries are on {request.device}"
     dtype = request.query.dtype
-    if dtype not in DTYPES:
+    if dtype not in REAL_DTYPES:
         return f"no kernel has the dtype {dtype}"
-    named = {
-        "query": request.query,
-        "key": request.key,
-        "value": request.value,
-        "attn_mask": request.bias,
-        "the boolean attn_mask": request.allowed,
-        "alibi_slopes": request.slopes,
-    }
+    named = {"key": request.key, "value": request.value, "attn_mask": request.bias}
     for name, tensor in named.items():
-        if tensor is None:
-            continue
-        if torch.compiler.is_compiling():
-            continue
-        if tensor is not request.allowed and (reason := not_plain(name, tensor, "cpu")):
-            return reason
-    for name in ("key", "value", "attn_mask"):
-        tensor = named[name]
         if tensor is not None and tensor.dtype is not dtype:
             return f"{name} has dtype {tensor.dtype}, query {dtype}"
+    if not torch.compiler.is_compiling():
+        named |= {"query": request.query, "alibi_slopes": request.slopes}
+        for name, tensor in named.items():
+            if tensor is not None and (reason := not_plain(name, tensor, "cpu")):
+                return reason
+        allowed = request.allowed
+        if allowed is not None and (
+            reason := not_plain("attn_mask", allowed, "cpu", (torch.bool,))
+        ):
+            return reason
     return _refuse_sizes(request)
 
 
@@ -69,23 +62,6 @@ def _refuse_sizes(request: AttentionRequest) -> str | None:
     return None
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of the arithmetic."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def cast_by_autocast(*tensors: Tensor) -> list[Tensor]:
-    """What autocast makes of them: it runs attention in its lower precision."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [
-        t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t
-        for t in tensors
-    ]
-
-
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
     """``[batch, heads, queries, value_features]``, in memory heads lie beside each other."""
     batch, heads, queries, _ = query.shape
@@ -105,90 +81,47 @@ def _expanded(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     return mask.expand(*query.shape[:3], keys)
 
 
-def _layer(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    allowed: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    diagonal: int,
-) -> _native_cpu.AttentionTensors:
+def empty_gradient(tensor: Tensor) -> Tensor:
+    """Laid out as the tensor, with contiguous features."""
+    return torch.empty_like(_contiguous_features(tensor))
+
+
+def _layer(request: AttentionRequest) -> _native_cpu.AttentionTensors:
+    query, key = request.query, request.key
+    allowed, slopes, seed = request.allowed, request.slopes, request.seed
     return _native_cpu.AttentionTensors(
-        _contiguous_features(query), _contiguous_features(key), _contiguous_features(value),
-        _expanded(bias, query, key),
-        None if allowed is None else _expanded(allowed.view(torch.uint8), query, key),
+        _contiguous_features(query), _contiguous_features(key), _contiguous_features(request.value),
+        _expanded(request.bias, query, key),
+        _expanded(None if allowed is None else allowed.view(torch.uint8), query, key),
         None if slopes is None else slopes.float().expand(query.shape[:2]).contiguous(),
-        scale, softcap, left, right, diagonal, dropout,
-        0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
+        request.scale, request.softcap, request.left, request.right, request.diagonal,
+        request.dropout, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
     )  # fmt: skip
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    allowed: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    diagonal: int,
-) -> tuple[Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output and logsumexp; see ``fastopt/ops/attention.py``."""
-    layer = _layer(
-        query, key, value, bias, allowed, slopes, seed, dropout, scale, softcap, left, right,
-        diagonal,
-    )  # fmt: skip
-    output = empty_output(query, value)
-    logsumexp = torch.empty(query.shape[:3], dtype=compute_dtype(query.dtype))
-    _native_cpu.attention_forward(layer, output, logsumexp, torch.get_num_threads())
+    request = AttentionRequest(*arguments)
+    output = empty_output(request.query, request.value)
+    logsumexp = torch.empty(request.query.shape[:3], dtype=compute_dtype(output.dtype))
+    threads = torch.get_num_threads()
+    _native_cpu.attention_forward(_layer(request), output, logsumexp, threads)
     return output, logsumexp
 
 
 def backward(
-    output_gradient: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    bias_wanted: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    allowed: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    diagonal: int,
-) -> Sequence[Tensor]:
+    output_gradient: Tensor, output: Tensor, logsumexp: Tensor, bias_wanted: bool, *arguments: Any
+) -> list[Tensor]:
     """Gradients of query, key and value, and of the bias where it is wanted."""
-    layer = _layer(
-        query, key, value, bias, allowed, slopes, seed, dropout, scale, softcap, left, right,
-        diagonal,
-    )  # fmt: skip
-    gradients = [torch.empty_like(t) for t in map(_contiguous_features, (query, key, value))]
+    request = AttentionRequest(*arguments)
+    query, key, bias = request.query, request.key, request.bias
+    gradients = [empty_gradient(tensor) for tensor in (query, key, request.value)]
     sums = None
     if bias_wanted and bias is not None:
-        shape = (*bias.shape[:3], key.size(2))
-        sums = torch.zeros(shape, dtype=compute_dtype(query.dtype))
-    expanded = None if sums is None else sums.expand(*query.shape[:3], key.size(2))
+        sums = torch.zeros((*bias.shape[:3], key.size(2)), dtype=compute_dtype(query.dtype))
     _native_cpu.attention_backward(
-        layer, output, logsumexp, _contiguous_features(output_gradient), [*gradients, expanded],
-        torch.get_num_threads(),
+        _layer(request), output, logsumexp, _contiguous_features(output_gradient),
+        [*gradients, _expanded(sums, query, key)], torch.get_num_threads(),
     )  # fmt: skip
     if sums is not None and bias is not None:
         gradients.append(sums.sum_to_size(bias.shape).to(bias.dtype))

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from fastopt import _native_cpu
 from fastopt.backends.contract import LstmRequest
-from fastopt.backends.plain_tensors import not_plain, transformed
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fastopt.backends.plain_tensors import (
+    REAL_DTYPES,
+    autocast_dtype,
+    compute_dtype,
+    not_plain,
+    transformed,
+)
 
 
 def refuse_lstm(request: LstmRequest) -> str | None:
@@ -21,10 +25,11 @@ def refuse_lstm(request: LstmRequest) -> str | None:
         return reason
     if request.device.type != "cpu":
         return f"the input is on {request.device}"
-    casts = torch.is_autocast_enabled(request.device.type)
+    casts = autocast_dtype(request.device) is not None
+    # Of these, stock casts some results and not others: that is left to it.
     if casts and (request.batch_sizes is not None or _is_projected(request)):
         return "autocast of packed sequences and of projections is torch's"
-    if request.input.dtype not in DTYPES:
+    if request.input.dtype not in REAL_DTYPES:
         return f"no kernel has the dtype {request.input.dtype}"
     if not torch.compiler.is_compiling():
         tensors = [request.input, request.initial_hidden, request.initial_cell, *request.weights]
@@ -38,17 +43,6 @@ def refuse_lstm(request: LstmRequest) -> str | None:
 
 def _is_projected(request: LstmRequest) -> bool:
     return request.initial_hidden.size(-1) != request.initial_cell.size(-1)
-
-
-def autocast_dtype(request: LstmRequest) -> torch.dtype | None:
-    """What everything is cast to before the kernels run, where autocast is on.
-
-    With a projection or packed input stock casts some results and not others: that is left to it.
-    """
-    kind = request.device.type
-    if not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 def _refuse_sizes(request: LstmRequest) -> str | None:
@@ -119,11 +113,6 @@ def _layer(
     )
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of the arithmetic."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def result_shapes(
     input: Tensor, initial_hidden: Tensor, initial_cell: Tensor, save: bool
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -168,7 +157,7 @@ def pack(weights: Sequence[Tensor], has_biases: bool, directions: int) -> Tensor
     """
     for weight in weights:
         reason = not_plain("a weight", weight, "cpu")
-        if reason is None and weight.dtype not in DTYPES:
+        if reason is None and weight.dtype not in REAL_DTYPES:
             reason = f"no kernel has the dtype {weight.dtype}"
         if reason is not None:
             raise RuntimeError(f"cannot pack the weights: {reason}")

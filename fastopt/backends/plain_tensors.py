@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +11,9 @@ from torch import Tensor
 from fastopt import _native_cpu
 from fastopt.backends.contract import ParameterRequest
 
-DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.complex64,
-    torch.complex128,
-)
+# By their numbers in core/dtypes.h.
+REAL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (*REAL_DTYPES, torch.complex64, torch.complex128)
 
 # Of tensors as the kernels see them, where a complex one has a dimension more.
 MAX_DIMS = 64
@@ -46,8 +42,10 @@ def refuse_request(request: ParameterRequest, device: str) -> str | None:
     return reason
 
 
-def not_plain(what: str, tensor: Tensor, device: str) -> str | None:
-    """Why kernels of a device type cannot read a tensor, or None."""
+def not_plain(
+    what: str, tensor: Tensor, device: str, dtypes: Sequence[torch.dtype] = DTYPES
+) -> str | None:
+    """Why kernels of a device type, for these dtypes, cannot read a tensor, or None."""
     tensor_type = type(tensor)
     if tensor_type not in (Tensor, torch.nn.Parameter):
         return f"{what} is a {tensor_type.__name__}, a subclass of torch.Tensor"
@@ -57,7 +55,7 @@ def not_plain(what: str, tensor: Tensor, device: str) -> str | None:
         return f"{what} is on {tensor.device}"
     if tensor.layout is not torch.strided:
         return f"{what} has layout {tensor.layout}"
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in dtypes:
         return f"{what} has dtype {tensor.dtype}"
     if tensor.is_conj() or tensor.is_neg():
         return f"{what} is a lazily conjugated or negated view"
@@ -76,6 +74,18 @@ def transformed() -> str | None:
     if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
         return "a torch.func transform is active"
     return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the arithmetic."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to before kernels run, where it is on."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def unlike(what: str, tensor: Tensor, param: Tensor) -> str | None:

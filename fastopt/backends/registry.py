@@ -96,26 +96,26 @@ def choose(request: Request, choice: str) -> Backend:
     """The first backend that takes the request.
 
     Raises:
-        RuntimeError: The backend that the user named does not take the request.
+        RuntimeError: None does; with the reason of each that was asked.
     """
-    refused = None
-    for backend, reason in candidates(request, choice):
-        if reason is None:
-            if refused is not None:
-                log_fall_through(refused, backend.name, request.task)
-            return backend
-        refused = reason
-    raise RuntimeError(f"backend {choice!r} cannot {request.task}: {refused}")
+    backend, refused = _first_that_takes(request, choice)
+    if refused:
+        log_fall_through(refused[-1], backend.name, request.task)
+    return backend
 
 
 def choose_silently(request: Request, choice: str) -> str:
     """As ``choose``, without a word in the log: the backend's name."""
-    refused = None
+    return _first_that_takes(request, choice)[0].name
+
+
+def _first_that_takes(request: Request, choice: str) -> tuple[Backend, list[str]]:
+    refused: list[str] = []
     for backend, reason in candidates(request, choice):
         if reason is None:
-            return backend.name
-        refused = reason
-    raise RuntimeError(f"backend {choice!r} cannot {request.task}: {refused}")
+            return backend, refused
+        refused.append(reason)
+    raise RuntimeError(f"backend {choice!r} cannot {request.task}: {'; '.join(refused)}")
 
 
 def log_fall_through(reason: str, backend: str, task: str) -> None:

@@ -39,12 +39,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )  # fmt: skip
         batched = query.dim() == 3
         if not batched:
-            together = query is key is value
-            query, key, value = (
-                (query.unsqueeze(0),) * 3
-                if together
-                else tuple(tensor.unsqueeze(0) for tensor in (query, key, value))
-            )
+            if query is key is value:
+                query = key = value = query.unsqueeze(0)
+            else:
+                query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
         batch_first = self.batch_first or not batched
         length_dim = 1 if batch_first else 0
         q, k, v = self._projected(query, key, value)

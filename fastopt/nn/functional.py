@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from fastopt.backends.contract import AttentionRequest
-from fastopt.backends.cpu_attention import cast_by_autocast
+from fastopt.backends.plain_tensors import autocast_dtype
 from fastopt.backends.reference import dropout_factors
 from fastopt.ops.attention import attention as run_attention
 from fastopt.ops.attention import with_seed
@@ -118,8 +118,10 @@ def attention(
             f"alibi_slopes must be [heads] or [batch, heads], got {tuple(alibi_slopes.shape)}"
         )
     left, right = window_size
+    if min(left, right) < -1:
+        raise ValueError(f"window_size must be a pair of numbers from -1 on, got {window_size}")
     if causal:
-        right = 0 if right < 0 else min(right, 0)
+        right = 0
     diagonal = key.size(2) - query.size(2)
     slopes = None if alibi_slopes is None else alibi_slopes.expand(query.shape[:2])
     request = _request(
@@ -183,6 +185,14 @@ def _fits(
     return enable_gqa or query.size(-3) == key.size(-3)
 
 
+def _autocast(tensor: Tensor) -> Tensor:
+    """What autocast makes of it: it runs attention in its lower precision."""
+    dtype = autocast_dtype(tensor.device)
+    if dtype is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
 def _request(
     query: Tensor,
     key: Tensor,
@@ -196,7 +206,7 @@ def _request(
     diagonal: int,
     slopes: Tensor | None,
 ) -> AttentionRequest:
-    query, key, value = cast_by_autocast(query, key, value)
+    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     if query.dim() == 3:  # heads without a batch
         query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
     bias = allowed = None
@@ -206,7 +216,7 @@ def _request(
         if mask.dtype is torch.bool:
             allowed = mask
         else:
-            bias = mask if mask.dtype is query.dtype else cast_by_autocast(mask)[0]
+            bias = _autocast(mask)
     features = query.size(-1)
     return AttentionRequest(
         query, key, value, bias, allowed, slopes, None, float(dropout),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastopt.backends import cpu_attention, registry
 from fastopt.backends.contract import AttentionRequest
+from fastopt.backends.plain_tensors import compute_dtype
 from fastopt.backends.reference import reference_attention
 
 LIBRARY = torch.library.Library("fastopt", "FRAGMENT")
@@ -32,7 +33,7 @@ _TENSORS = 7  # the first arguments
 
 @torch.library.register_fake("fastopt::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    sums = query.new_empty(query.shape[:3], dtype=cpu_attention.compute_dtype(query.dtype))
+    sums = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
     return cpu_attention.empty_output(query, value), sums
 
 
@@ -42,9 +43,9 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 def _fake_backward(
     output_gradient: Tensor, output: Tensor, logsumexp: Tensor, bias_wanted: bool, *arguments: Any
 ) -> list[Tensor]:
-    query, key, value, bias, *_ = arguments
-    wanted = [query, key, value, *([bias] if bias_wanted else [])]
-    return [torch.empty_like(tensor) for tensor in wanted]
+    *inputs, bias = arguments[:4]
+    gradients = [cpu_attention.empty_gradient(tensor) for tensor in inputs]
+    return [*gradients, bias.new_empty(bias.shape)] if bias_wanted else gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import _VF, Tensor
 
 from fastopt.backends import cpu_lstm, registry
 from fastopt.backends.contract import LstmRequest
+from fastopt.backends.plain_tensors import autocast_dtype
 from fastopt.backends.reference import reference_lstm
 
 LIBRARY = torch.library.Library("fastopt", "FRAGMENT")
@@ -154,7 +155,7 @@ def lstm(
         chosen = registry.choose(request, registry.requested(backend)).name
     if chosen == "torch":
         return stock_lstm(request, dropout=dropout, training=training)
-    if (cast := cpu_lstm.autocast_dtype(request)) is not None:
+    if (cast := autocast_dtype(request.device)) is not None:
         request = request.cast(cast)
         packed = None
     input, final_hidden, final_cell = request.input, [], []
