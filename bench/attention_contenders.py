@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as stock
 
 import fastopt
 from bench.attention_cases import AttentionCase
+from bench.cases import assert_same
 from bench.timing import OURS, Contender
 
 # "The best of stock" is sought among these.
@@ -96,25 +97,18 @@ def clipped(case: AttentionCase) -> AttentionCase:
 def check_parity(case: AttentionCase) -> None:
     """Refuses to time a call that gives other numbers than stock in double precision.
 
-    Dropout is checked without its draws, which are nobody else's: what is kept is the rest.
+    Dropout's draws are nobody else's: a case with dropout is compared without it.
 
     Raises:
         AssertionError: An output or, in training, a gradient differs.
     """
-    small = dataclasses.replace(clipped(case), extra="" if case.extra == "dropout" else case.extra)
-    tolerance = PARITY[case.dtype]
+    small = clipped(case)
+    if case.extra == "dropout":
+        small = dataclasses.replace(small, extra="")
     ours = fastopt.nn.functional.scaled_dot_product_attention
     actual = _everything(small, make_problem(small), ours)
     expected = _everything(small, make_problem(small, torch.float64), stock)
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            actual[name],
-            value,
-            rtol=tolerance,
-            atol=tolerance,
-            check_dtype=False,
-            msg=lambda text, name=name: f"{case.name}: {name}: {text}",  # type: ignore[misc]
-        )
+    assert_same(case, actual, expected, PARITY[case.dtype])
 
 
 def _everything(

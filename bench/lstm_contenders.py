@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastopt
+from bench.cases import assert_same
 from bench.lstm_cases import LSTMCase
 from bench.timing import OURS, Contender, on_one_thread
 
@@ -132,19 +133,9 @@ def check_parity(case: LSTMCase) -> None:
         AssertionError: An output, a state or, in training, a gradient differs.
     """
     small = clipped(case)
-    tolerance = PARITY[case.dtype]
-    ours = make_problem(small, fastopt.nn.LSTM)
-    truth = make_problem(small, torch.nn.LSTM, torch.float64)
-    actual, expected = _everything(small, ours), _everything(small, truth)
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            actual[name],
-            value,
-            rtol=tolerance,
-            atol=tolerance,
-            check_dtype=False,
-            msg=lambda text, name=name: f"{case.name}: {name}: {text}",  # type: ignore[misc]
-        )
+    actual = _everything(small, make_problem(small, fastopt.nn.LSTM))
+    expected = _everything(small, make_problem(small, torch.nn.LSTM, torch.float64))
+    assert_same(case, actual, expected, PARITY[case.dtype])
 
 
 def _everything(case: LSTMCase, problem: Problem) -> dict[str, Any]:

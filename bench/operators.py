@@ -113,28 +113,27 @@ OPTIMIZERS = Operator(
     ),
 )
 
-LSTM = Operator(
-    cases=LSTM_CASES,
-    check_parity=lstm_contenders.check_parity,
-    clipped=lstm_contenders.clipped,
-    contenders=lstm_contenders.lstm_contenders,
-    stock=lstm_contenders.STOCK,
-    limit=OF_PEAK,
-    figures=_compute_figures,
-    columns=(GIGAFLOPS, OF_PEAK, MEMORY),
-    note=COMPUTE_NOTE,
-)
 
-ATTENTION = Operator(
-    cases=ATTENTION_CASES,
-    check_parity=attention_contenders.check_parity,
-    clipped=attention_contenders.clipped,
-    contenders=attention_contenders.attention_contenders,
-    stock=attention_contenders.STOCK,
-    limit=OF_PEAK,
-    figures=_compute_figures,
-    columns=(GIGAFLOPS, OF_PEAK, MEMORY),
-    note=COMPUTE_NOTE,
+def _compute_operator(
+    cases: tuple[Case, ...], module: Any, contenders: Callable[[Any], dict[str, Contender]]
+) -> Operator:
+    """One whose limit is arithmetic, from the module that has its contenders."""
+    return Operator(
+        cases=cases,
+        check_parity=module.check_parity,
+        clipped=module.clipped,
+        contenders=contenders,
+        stock=module.STOCK,
+        limit=OF_PEAK,
+        figures=_compute_figures,
+        columns=(GIGAFLOPS, OF_PEAK, MEMORY),
+        note=COMPUTE_NOTE,
+    )
+
+
+LSTM = _compute_operator(LSTM_CASES, lstm_contenders, lstm_contenders.lstm_contenders)
+ATTENTION = _compute_operator(
+    ATTENTION_CASES, attention_contenders, attention_contenders.attention_contenders
 )
 
 OPERATORS = (OPTIMIZERS, LSTM, ATTENTION)

@@ -3,6 +3,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "bindings/cpu_tensor.h"
 #include "bindings/layout.h"
 #include "bindings/torch_access.h"
 #include "cpu/dispatch.h"
@@ -15,15 +16,6 @@ namespace {
 
 using torch_access::Description;
 
-Description described(py::handle tensor, const char* name) {
-  Description description;
-  if (!torch_access::describe(tensor.ptr(), description) ||
-      description.device_type != torch_access::kDLCPU) {
-    throw std::invalid_argument(std::string(name) + " must be a strided tensor on the CPU");
-  }
-  return description;
-}
-
 // Sizes of a tensor [batch, heads, rows, features]; compared with those that are expected.
 struct Sizes {
   int64_t batch, heads, rows, features;
@@ -35,10 +27,8 @@ AttentionTensor placed(py::handle tensor, const char* name, const Sizes& sizes, 
   bool fits = real_dtype_of(given) == dtype && given.dims == 4;
   for (int i = 0; fits && i < 4; ++i) fits = given.sizes[i] == wanted[i];
   if (!fits || (sizes.features > 1 && given.strides[3] != 1)) {
-    std::string shape;
-    for (int64_t size : wanted) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    throw std::invalid_argument(std::string(name) + " must be of shape [" + shape +
-                                "] with contiguous features and of the dtype that goes with query");
+    throw std::invalid_argument(std::string(name) + " must be of shape " + shape_text(wanted) +
+                                " with contiguous features and of the dtype that goes with query");
   }
   return {given.data, given.strides[0], given.strides[1], given.strides[2]};
 }
@@ -52,10 +42,6 @@ AttentionTensor written(py::handle tensor, const char* name, const Sizes& sizes,
     throw std::invalid_argument(std::string(name) + " must not overlap itself");
   }
   return result;
-}
-
-DType compute_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
 struct CheckedAttention {

@@ -3,6 +3,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "bindings/cpu_tensor.h"
 #include "bindings/layout.h"
 #include "bindings/torch_access.h"
 #include "cpu/dispatch.h"
@@ -16,15 +17,6 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
-torch_access::Description described(py::handle tensor, const char* name) {
-  torch_access::Description description;
-  if (!torch_access::describe(tensor.ptr(), description) ||
-      description.device_type != torch_access::kDLCPU) {
-    throw std::invalid_argument(std::string(name) + " must be a strided tensor on the CPU");
-  }
-  return description;
-}
-
 // A tensor's memory, after what would have the kernels leave it has been refused; nullptr for None.
 void* address(py::handle tensor, const char* name, const Sizes& sizes, DType dtype) {
   if (tensor.is_none()) return nullptr;
@@ -37,10 +29,8 @@ void* address(py::handle tensor, const char* name, const Sizes& sizes, DType dty
     expected_stride *= sizes[i];
   }
   if (fits) return given.data;
-  std::string wanted;
-  for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
-  throw std::invalid_argument(std::string(name) + " must be contiguous, of shape [" + wanted +
-                              "] and of the dtype that goes with the input's");
+  throw std::invalid_argument(std::string(name) + " must be contiguous, of shape " +
+                              shape_text(sizes) + " and of the dtype that goes with the input's");
 }
 
 void* present(py::handle tensor, const char* name, const Sizes& sizes, DType dtype) {
@@ -163,10 +153,6 @@ void* packed_memory(py::handle packed, const LstmLayer& layer) {
     throw std::invalid_argument("packed must be what was packed of these weights");
   }
   return given.data;
-}
-
-DType compute_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
 }  // namespace

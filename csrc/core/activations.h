@@ -68,7 +68,7 @@ HOST_DEVICE float with_sign_of(float magnitude, float sign) {
 HOST_DEVICE double with_sign_of(double magnitude, double sign) {
   return std::copysign(magnitude, sign);
 }
-// Bounds that leave a NaN alone.
+// Bounds that leave a NaN alone; a bound that is NaN is none.
 HOST_DEVICE float at_least(float x, float bound) { return x < bound ? bound : x; }
 HOST_DEVICE double at_least(double x, double bound) { return x < bound ? bound : x; }
 HOST_DEVICE float at_most(float x, float bound) { return x > bound ? bound : x; }

@@ -12,7 +12,7 @@ struct AttentionTensor {
   int64_t batch_stride, head_stride, row_stride;
 };
 
-// softmax(cap(scale * Q K^T) + slope * distance + bias) V, by rows of Q. Query i sees the keys from
+// softmax(cap(scale * Q K^T) - slope * distance + bias) V, by rows of Q. Query i sees the keys from
 // i + diagonal - left to i + diagonal + right; a negative left or right means no bound.
 struct AttentionLayer {
   DType dtype;

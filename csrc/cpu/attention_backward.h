@@ -102,8 +102,8 @@ class AttentionBackwardPass {
       }
       const int64_t head = row / layer_.queries;
       convert_row(sums, features_,
-                  target(call_.query_gradient, head / layer_.heads, head % layer_.heads,
-                         row % layer_.queries));
+                  Walk::written_row(call_.query_gradient, head / layer_.heads, head % layer_.heads,
+                                    row % layer_.queries));
     }
   }
 
@@ -126,15 +126,11 @@ class AttentionBackwardPass {
     T* scores;           // [kStrip, kTileKeys]
     T* products;         // of the outputs' gradients with the values
     F* weights;          // [kBlockQueries, kTileKeys], after dropout
-    F* score_gradients;  // before the scale, which is in them
+    F* score_gradients;  // with respect to the products of queries and keys
     F* transposed;
     T* factors;
     uint32_t* words;
   };
-
-  Storage* target(const AttentionTensor& tensor, int64_t batch, int64_t head, int64_t row) const {
-    return const_cast<Storage*>(walk_.row(tensor, batch, head, row));
-  }
 
   static void zero(T* values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] = 0;
@@ -164,9 +160,9 @@ class AttentionBackwardPass {
     }
     for (int64_t n = begin; n < end; ++n) {
       convert_row(own.key_sums + (n - begin) * stride_, features_,
-                  target(call_.key_gradient, batch, key_head, n));
+                  Walk::written_row(call_.key_gradient, batch, key_head, n));
       convert_row(own.value_sums + (n - begin) * value_stride_, value_features_,
-                  target(call_.value_gradient, batch, key_head, n));
+                  Walk::written_row(call_.value_gradient, batch, key_head, n));
     }
   }
 
@@ -214,7 +210,7 @@ class AttentionBackwardPass {
     if (splits_ > 1) return;
     for (int64_t i = 0; i < queries; ++i) {
       convert_row(query_sums + i * stride_, features_,
-                  target(call_.query_gradient, batch, head, i));
+                  Walk::written_row(call_.query_gradient, batch, head, i));
     }
   }
 
@@ -261,8 +257,8 @@ class AttentionBackwardPass {
       F* gradients = own.score_gradients + (row + i) * kScoreStride - tile.begin;
       F* const both[] = {weights, gradients};
       for (F* values : both) {
-        store_zeros<T>(values + block_keys.begin, seen.begin - block_keys.begin);
-        store_zeros<T>(values + seen.end, rounded_up(block_keys.end - seen.end, 2));
+        store_zeros(values + block_keys.begin, seen.begin - block_keys.begin);
+        store_zeros(values + seen.end, rounded_up(block_keys.end - seen.end, Factors<F>::kInWord));
       }
       if (seen.begin == seen.end) continue;
       const ScoreRow<Storage> scores(layer_, batch, head, query);
@@ -290,8 +286,8 @@ class AttentionBackwardPass {
     const int64_t count = seen.end - seen.begin, number = batch * layer_.heads + head;
     const T logsumexp = static_cast<const T*>(call_.logsumexp)[number * layer_.queries + query];
     if (logsumexp == ScoreRow<Storage>::kNever) {
-      store_zeros<T>(weights, count);
-      store_zeros<T>(gradients, count);
+      store_zeros(weights, count);
+      store_zeros(gradients, count);
       return;
     }
     const bool drops = !kPlain && layer_.dropout > 0;

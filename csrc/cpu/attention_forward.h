@@ -151,10 +151,9 @@ class AttentionForwardPass {
       const Range seen = common(keys, walk_.visible(query), keys.begin);
       F* weights = own.weights + i * kScoreStride;
       T* outputs = own.outputs + (row + i) * output_stride_;
-      const bool plain = scores.is_plain();
       const int64_t before = seen.begin - keys.begin, after = keys.end - seen.end;
-      store_zeros<T>(weights, before);
-      if (plain) {
+      store_zeros(weights, before);
+      if (scores.is_plain()) {
         weigh<true>(own, scores, seen, own.scores + i * kScoreStride + before, weights + before,
                     row + i, outputs);
       } else {
@@ -169,7 +168,8 @@ class AttentionForwardPass {
           store(weight, load_as<V>(weight) * load_as<V>(own.factors + j));
         });
       }
-      store_zeros<T>(weights + width - after, rounded_up(width, 2) - width + after);
+      store_zeros(weights + width - after,
+                  words_of<F>(width) * Factors<F>::kInWord - width + after);
     }
     if (is_direct()) return multiply_values(own, batch, walk_.key_head(head), rows, keys);
     const int64_t first_word = words_of<F>(offset);
@@ -255,13 +255,12 @@ class AttentionForwardPass {
       store(scores + j, score);
       // A NaN is passed over: the weights carry it.
       if constexpr (std::is_same<V, T>::value) {
-        largest = score > largest ? score : largest;
+        largest = at_least(largest, score);
       } else {
-        most = larger(score, most);
+        most = at_least(most, score);
       }
     });
-    for (int i = 0; i < Vec<T>::kWidth; ++i)
-      largest = most.value[i] > largest ? most.value[i] : largest;
+    for (int i = 0; i < Vec<T>::kWidth; ++i) largest = at_least(largest, most.value[i]);
     if (largest == ScoreRow<Storage>::kNever) {  // none of them is allowed, unless one is a NaN
       T sum = 0;
       for (int64_t j = 0; j < count; ++j) sum += scores[j] == largest ? T(0) : scores[j];
@@ -295,9 +294,7 @@ class AttentionForwardPass {
   void finish_row(const Scratch& own, int64_t batch, int64_t head, int64_t first,
                   int64_t number) const {
     const T sum = own.sums[number], inverse = sum == 0 ? T(0) : 1 / sum;
-    const AttentionTensor& to = call_.output;
-    Storage* output = static_cast<Storage*>(to.data) + batch * to.batch_stride +
-                      head * to.head_stride + (first + number) * to.row_stride;
+    Storage* output = Walk::written_row(call_.output, batch, head, first + number);
     const T* own_outputs = own.outputs + number * output_stride_;
     for_each_lanes<T>(layer_.value_features, [&](int64_t j, auto lanes) {
       store(output + j, load_as<decltype(lanes)>(own_outputs + j) * inverse);

@@ -83,10 +83,15 @@ struct AttentionWalk {
 
   const AttentionLayer& layer;
 
-  const Storage* row(const AttentionTensor& tensor, int64_t batch, int64_t head,
-                     int64_t row) const {
-    return static_cast<const Storage*>(tensor.data) + batch * tensor.batch_stride +
-           head * tensor.head_stride + row * tensor.row_stride;
+  // Where row `number` of a head begins, for tensors that are read and for those that are written.
+  static const Storage* row(const AttentionTensor& tensor, int64_t batch, int64_t head,
+                            int64_t number) {
+    return written_row(tensor, batch, head, number);
+  }
+  static Storage* written_row(const AttentionTensor& tensor, int64_t batch, int64_t head,
+                              int64_t number) {
+    return static_cast<Storage*>(tensor.data) + batch * tensor.batch_stride +
+           head * tensor.head_stride + number * tensor.row_stride;
   }
   int64_t key_head(int64_t head) const { return head / (layer.heads / layer.key_heads); }
 
@@ -99,15 +104,16 @@ struct AttentionWalk {
     if (end > layer.keys) end = layer.keys;
     return {begin < end ? begin : end, end < 0 ? 0 : end};
   }
+  // Those of any of the queries [begin, end); bounds never move back.
+  Range visible(int64_t begin, int64_t end) const {
+    return {visible(begin).begin, visible(end - 1).end};
+  }
+
   // Keys of a tile, brought to the panels in which the tile is packed.
   static Range whole_panels(Range keys, Range tile) {
     const int64_t end = tile.begin + rounded_up(keys.end - tile.begin, kPanel);
     return {tile.begin + rounded_down(keys.begin - tile.begin, kPanel),
             end < tile.end ? end : tile.end};
-  }
-  // Those of any of the queries [begin, end); bounds never move back.
-  Range visible(int64_t begin, int64_t end) const {
-    return {visible(begin).begin, visible(end - 1).end};
   }
 };
 
@@ -175,13 +181,14 @@ void dropout_factors(const AttentionLayer& layer, int64_t head, int64_t row, Ran
   const uint32_t threshold = static_cast<uint32_t>(layer.dropout * 4294967296.0);
   const T kept = static_cast<T>(1 / (1 - layer.dropout));
   const uint32_t* own = words + (keys.begin - begin);
-  for (int64_t i = 0; i < keys.end - keys.begin; ++i)
+  for (int64_t i = 0; i < keys.end - keys.begin; ++i) {
     factors[i] = own[i] >= threshold ? kept : T(0);
+  }
 }
 
-template <class V, class F>
+template <class F>
 HOST_DEVICE void store_zeros(F* target, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) store(target + i, V(0));
+  for (int64_t i = 0; i < count; ++i) store(target + i, ComputeType<F>(0));
 }
 
 // Copies rows as factors, with zeros up to whole words.

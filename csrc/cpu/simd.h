@@ -115,20 +115,17 @@ HOST_DEVICE Vec<T> with_sign_of(Vec<T> magnitude, Vec<T> sign) {
 }
 
 template <class T>
+HOST_DEVICE Vec<T> at_least(Vec<T> x, Vec<T> bound) {
+  return {bound.value > x.value ? bound.value : x.value};
+}
+template <class T>
 HOST_DEVICE Vec<T> at_least(Vec<T> x, T bound) {
-  const typename Vec<T>::Native bounds = typename Vec<T>::Native{} + bound;
-  return {bounds > x.value ? bounds : x.value};
+  return at_least(x, Vec<T>{} + bound);
 }
 template <class T>
 HOST_DEVICE Vec<T> at_most(Vec<T> x, T bound) {
   const typename Vec<T>::Native bounds = typename Vec<T>::Native{} + bound;
   return {bounds < x.value ? bounds : x.value};
-}
-
-// The larger one; the right one if either is a NaN.
-template <class T>
-HOST_DEVICE Vec<T> larger(Vec<T> left, Vec<T> right) {
-  return {left.value > right.value ? left.value : right.value};
 }
 
 template <class T>
