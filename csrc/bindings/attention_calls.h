@@ -10,16 +10,19 @@ namespace fastopt {
 
 // Tensors and numbers of an attention, as given; see cpu/attention.h.
 struct AttentionTensors {
-  pybind11::object query, key, value, bias, allowed, slopes;
+  pybind11::object query, key, value, bias, allowed, slopes, sinks;
+  pybind11::object query_starts, key_starts, used_keys;
   double scale, softcap;
-  int64_t left, right, diagonal;
+  int64_t left, right;
+  bool bottom_right;
   double dropout;
   uint64_t seed;
 };
 
 void attention_forward(const AttentionTensors& given, pybind11::object output,
                        pybind11::object logsumexp, int threads);
-// `gradients` are those of query, key and value, and of the bias or None.
+// `gradients` are those of query, key and value, of the bias or None, and of the sinks in each
+// sequence, [batch, heads], or None.
 void attention_backward(const AttentionTensors& given, pybind11::object output,
                         pybind11::object logsumexp, pybind11::object output_gradient,
                         const std::vector<pybind11::object>& gradients, int threads);

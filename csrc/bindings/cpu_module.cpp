@@ -66,15 +66,18 @@ PYBIND11_MODULE(_native_cpu, m) {
 
   py::class_<AttentionTensors>(m, "AttentionTensors", py::module_local())
       .def(py::init([](py::object query, py::object key, py::object value, py::object bias,
-                       py::object allowed, py::object slopes, double scale, double softcap,
-                       int64_t left, int64_t right, int64_t diagonal, double dropout,
-                       uint64_t seed) {
-             return AttentionTensors{query,   key,  value, bias,     allowed, slopes, scale,
-                                     softcap, left, right, diagonal, dropout, seed};
+                       py::object allowed, py::object slopes, py::object sinks,
+                       py::object query_starts, py::object key_starts, py::object used_keys,
+                       double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
+                       double dropout, uint64_t seed) {
+             return AttentionTensors{query, key,          value,        bias,      allowed, slopes,
+                                     sinks, query_starts, key_starts,   used_keys, scale,   softcap,
+                                     left,  right,        bottom_right, dropout,   seed};
            }),
            py::arg("query"), py::arg("key"), py::arg("value"), py::arg("bias"), py::arg("allowed"),
-           py::arg("slopes"), py::arg("scale"), py::arg("softcap"), py::arg("left"),
-           py::arg("right"), py::arg("diagonal"), py::arg("dropout"), py::arg("seed"));
+           py::arg("slopes"), py::arg("sinks"), py::arg("query_starts"), py::arg("key_starts"),
+           py::arg("used_keys"), py::arg("scale"), py::arg("softcap"), py::arg("left"),
+           py::arg("right"), py::arg("bottom_right"), py::arg("dropout"), py::arg("seed"));
   m.def("attention_forward", &attention_forward, py::arg("layer"), py::arg("output"),
         py::arg("logsumexp"), py::arg("threads"));
   m.def("attention_backward", &attention_backward, py::arg("layer"), py::arg("output"),

@@ -25,6 +25,7 @@ struct ExponentialConstants<float> {
   static constexpr float kLowest = -86.9f;  // below, e^x / 2 is not a normal number
   static constexpr float kLowestPower = -127.0f;
   static constexpr int kTerms = 6;  // of the series of (e^r - 1 - r) / r^2
+  static constexpr int kPowerDegree = 5;
 };
 
 template <>
@@ -36,6 +37,7 @@ struct ExponentialConstants<double> {
   static constexpr double kLowest = -707.7;
   static constexpr double kLowestPower = -1023.0;
   static constexpr int kTerms = 13;
+  static constexpr int kPowerDegree = 14;
 };
 
 // 1 / (k + 2)!
@@ -109,29 +111,51 @@ HOST_DEVICE V exponential(V x) {
   return zero_below(result, x, C::kLowest);
 }
 
-// ln(2)^k / k!
-constexpr double power_coefficient(int k) {
-  double coefficient = 1;
+// The polynomial for 2^r: in double precision its series, in single precision the one of degree 5
+// that is nearest for |r| <= 1/2 and 1 for r = 0, to 9.2e-8 (a linear program over 4000 points).
+template <class T>
+constexpr T power_coefficient(int k);
+template <>
+constexpr float power_coefficient<float>(int k) {
+  constexpr float kNearest[] = {1.0f,
+                                0.6931469775950738f,
+                                0.24022242071221056f,
+                                0.055507337305915f,
+                                0.009671513284886695f,
+                                0.0013264739804956472f};
+  return kNearest[k];
+}
+template <>
+constexpr double power_coefficient<double>(int k) {
+  double coefficient = 1;  // ln(2)^k / k!
   for (int i = 1; i <= k; ++i) coefficient *= 0.693147180559945309417232121458 / i;
   return coefficient;
+}
+
+// x = n + r, |r| <= 1/2: returns r, and n as times_power_of_two takes it.
+template <class T, class V>
+HOST_DEVICE V split_power(V x, V& whole) {
+  using C = ExponentialConstants<T>;
+  const V bounded = at_least(x, C::kLowestPower);
+  whole = bounded + C::kRounder;
+  return bounded - (whole - C::kRounder);
+}
+template <class T, class V>
+HOST_DEVICE V times_power_of_two(V value, V whole) {
+  return value * power_of_two(whole);
 }
 
 // 2^x for x up to 127 (1023), zero from -127 (-1023) down: cheaper than e^x, where x comes by a
 // multiplication anyway.
 template <class T, class V>
 HOST_DEVICE V exponential_of_two(V x) {
-  using C = ExponentialConstants<T>;
-  const V bounded = at_least(x, C::kLowestPower);
-  const V shifted = bounded + C::kRounder;
-  const V r = bounded - (shifted - C::kRounder);
-  constexpr int kDegree = C::kTerms + 1;
-  V series = r * static_cast<T>(power_coefficient(kDegree)) +
-             static_cast<T>(power_coefficient(kDegree - 1));
+  constexpr int kDegree = ExponentialConstants<T>::kPowerDegree;
+  V whole;
+  const V r = split_power<T>(x, whole);
+  V series = r * power_coefficient<T>(kDegree) + power_coefficient<T>(kDegree - 1);
 #pragma GCC unroll 16
-  for (int k = kDegree - 2; k >= 0; --k) {
-    series = series * r + static_cast<T>(power_coefficient(k));
-  }
-  return series * power_of_two(shifted);
+  for (int k = kDegree - 2; k >= 0; --k) series = series * r + power_coefficient<T>(k);
+  return times_power_of_two<T>(series, whole);
 }
 
 // 1 / (1 + e^-x)

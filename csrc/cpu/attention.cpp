@@ -1,6 +1,9 @@
 #include "cpu/attention.h"
 
+#include <type_traits>
+
 #include "cpu/attention_backward.h"
+#include "cpu/attention_decode.h"
 #include "cpu/attention_forward.h"
 #include "cpu/threads.h"
 
@@ -8,24 +11,25 @@ FASTOPT_BEGIN_NAMESPACE
 
 namespace {
 
-template <class Storage>
-void run_forward(const AttentionForward& call) {
-  AttentionForwardPass<Storage> pass(call);
-  const auto body = [](void* context, int rank, int) {
+template <class Pass>
+void run(Pass&& pass) {
+  const auto body = [](void* context, int rank, int size) {
     const SubnormalsFlushed flushed;
-    static_cast<AttentionForwardPass<Storage>*>(context)->run(rank);
+    static_cast<std::remove_reference_t<Pass>*>(context)->run(rank, size);
   };
   parallel_team(pass.threads(), body, &pass);
 }
 
 template <class Storage>
+void run_forward(const AttentionForward& call) {
+  using Decode = AttentionDecodePass<Storage>;
+  if (Decode::takes(call.layer)) return run(Decode(call));
+  run(AttentionForwardPass<Storage>(call));
+}
+
+template <class Storage>
 void run_backward(const AttentionBackward& call) {
-  AttentionBackwardPass<Storage> pass(call);
-  const auto body = [](void* context, int rank, int size) {
-    const SubnormalsFlushed flushed;
-    static_cast<AttentionBackwardPass<Storage>*>(context)->run(rank, size);
-  };
-  parallel_team(pass.threads(), body, &pass);
+  run(AttentionBackwardPass<Storage>(call));
 }
 
 void forward(const AttentionForward& call) {

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <atomic>
-#include <type_traits>
 
 #include "cpu/attention_walk.h"
 
@@ -17,6 +16,7 @@ class AttentionBackwardPass {
   using Walk = AttentionWalk<Storage>;
   using T = typename Walk::T;
   using F = typename Walk::F;
+  using V = Vec<T>;
   static constexpr int64_t kStrip = Tiling<T>::kTileRows;
   static constexpr int64_t kBlockQueries = 4 * kStrip;
   static constexpr int64_t kTileKeys = 128;
@@ -25,19 +25,18 @@ class AttentionBackwardPass {
   explicit AttentionBackwardPass(const AttentionBackward& call)
       : call_(call),
         layer_(call.layer),
-        walk_{call.layer},
         features_(call.layer.features),
         value_features_(call.layer.value_features) {
     // Where a bias is the same for several heads or batches, one task has them all.
     const bool biased = call.bias_gradient != nullptr;
     batches_ = biased && call.bias_gradient_strides[0] == 0 ? 1 : layer_.batch;
     heads_ = biased && call.bias_gradient_strides[1] == 0 ? 1 : layer_.key_heads;
-    const int64_t tiles = (layer_.keys + kTileKeys - 1) / kTileKeys;
+    const int64_t tiles = layer_.keys > 0 ? (layer_.keys + kTileKeys - 1) / kTileKeys : 1;
     splits_ = (kEnoughTasks + batches_ * heads_ - 1) / (batches_ * heads_);
     if (splits_ > kMostSplits) splits_ = kMostSplits;
     if (splits_ > tiles) splits_ = tiles;
     split_keys_ = (tiles + splits_ - 1) / splits_ * kTileKeys;
-    splits_ = (layer_.keys + split_keys_ - 1) / split_keys_;
+    splits_ = layer_.keys > 0 ? (layer_.keys + split_keys_ - 1) / split_keys_ : 1;
 
     stride_ = padded_columns<T>(features_) + Walk::kSkew;
     value_stride_ = padded_columns<T>(value_features_) + Walk::kSkew;
@@ -67,8 +66,7 @@ class AttentionBackwardPass {
       own.space.reserve(&own.weights, kBlockQueries * kScoreStride);
       own.space.reserve(&own.score_gradients, kBlockQueries * kScoreStride);
       own.space.reserve(&own.transposed, scratch_size_);
-      own.space.reserve(&own.factors, kTileKeys);
-      own.space.reserve(&own.words, kTileKeys + 2 * kRandomGroup);
+      own.dropout.reserve(own.space, kTileKeys);
       own.space.allocate();
     }
   }
@@ -83,27 +81,29 @@ class AttentionBackwardPass {
       const int64_t batch = task / splits_ / heads_;
       for (int64_t b = batch; b < (batches_ == 1 ? layer_.batch : batch + 1); ++b) {
         for (int64_t h = head; h < (heads_ == 1 ? layer_.key_heads : head + 1); ++h) {
-          run_key_head(own, b, h, split);
+          run_key_head(own, Walk::sequence(call_, b), h, split);
         }
       }
     }
     if (splits_ == 1) return;
     barrier_.wait(size);
-    const int64_t rows = layer_.batch * layer_.heads * layer_.queries;
+    const int64_t heads = layer_.batch * layer_.heads, rows = heads * layer_.queries;
     const Range mine = Team{rank, size, &barrier_}.share(rows);
+    AttentionBackward call{};
     for (int64_t row = mine.begin; row < mine.end; ++row) {
+      const int64_t head = row / layer_.queries, query = row % layer_.queries;
+      if (row == mine.begin || query == 0) call = Walk::sequence(call_, head / layer_.heads);
+      if (query >= call.layer.queries) continue;
       T* sums = partial_sums_ + row * stride_;
       for (int64_t split = 1; split < splits_; ++split) {
-        const T* more = partial_sums_ + (split * rows + row) * stride_;
+        const T* more = sums + split * rows * stride_;
         for_each_lanes<T>(features_, [&](int64_t j, auto lanes) {
           using V = decltype(lanes);
           store(sums + j, load_as<V>(sums + j) + load_as<V>(more + j));
         });
       }
-      const int64_t head = row / layer_.queries;
       convert_row(sums, features_,
-                  Walk::written_row(call_.query_gradient, head / layer_.heads, head % layer_.heads,
-                                    row % layer_.queries));
+                  row_of<Storage>(call.query_gradient, head % layer_.heads, query));
     }
   }
 
@@ -128,23 +128,26 @@ class AttentionBackwardPass {
     F* weights;          // [kBlockQueries, kTileKeys], after dropout
     F* score_gradients;  // with respect to the products of queries and keys
     F* transposed;
-    T* factors;
-    uint32_t* words;
+    DropoutScratch<T> dropout;
   };
 
   static void zero(T* values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] = 0;
   }
 
-  void run_key_head(Scratch& own, int64_t batch, int64_t key_head, int64_t split) const {
-    const int64_t begin = split * split_keys_;
-    const int64_t end = begin + split_keys_ < layer_.keys ? begin + split_keys_ : layer_.keys;
-    for (int64_t tile = begin; tile < end; tile += kTileKeys) {
-      const int64_t count = end - tile < kTileKeys ? end - tile : kTileKeys;
-      const int64_t place = tile - begin;
-      const auto key = [&](int64_t n) { return walk_.row(layer_.key, batch, key_head, tile + n); };
+  void run_key_head(Scratch& own, const AttentionBackward& call, int64_t key_head,
+                    int64_t split) const {
+    const AttentionLayer& layer = call.layer;
+    const Range keys{clamped(split * split_keys_, 0, layer.keys),
+                     clamped((split + 1) * split_keys_, 0, layer.keys)};
+    for (int64_t tile = keys.begin; tile < keys.end; tile += kTileKeys) {
+      const int64_t count = keys.end - tile < kTileKeys ? keys.end - tile : kTileKeys;
+      const int64_t place = tile - keys.begin;
+      const auto key = [&](int64_t n) {
+        return row_of<const Storage>(layer.key, key_head, tile + n);
+      };
       const auto value = [&](int64_t n) {
-        return walk_.row(layer_.value, batch, key_head, tile + n);
+        return row_of<const Storage>(layer.value, key_head, tile + n);
       };
       pack_columns<F>(key, features_, count, 0, count,
                       own.key_columns + words_of<F>(features_) * place);
@@ -152,26 +155,29 @@ class AttentionBackwardPass {
                       own.value_columns + words_of<F>(value_features_) * place);
       pack_rows<F>(key, count, features_, 0, features_, own.key_rows + place * stride_);
     }
-    zero(own.key_sums, (end - begin) * stride_);
-    zero(own.value_sums, (end - begin) * value_stride_);
-    const int64_t group = layer_.heads / layer_.key_heads;
+    zero(own.key_sums, (keys.end - keys.begin) * stride_);
+    zero(own.value_sums, (keys.end - keys.begin) * value_stride_);
+    const int64_t group = layer.heads / layer.key_heads;
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
-      run_head(own, batch, head, split, {begin, end});
+      run_head(own, call, head, split, keys);
     }
-    for (int64_t n = begin; n < end; ++n) {
-      convert_row(own.key_sums + (n - begin) * stride_, features_,
-                  Walk::written_row(call_.key_gradient, batch, key_head, n));
-      convert_row(own.value_sums + (n - begin) * value_stride_, value_features_,
-                  Walk::written_row(call_.value_gradient, batch, key_head, n));
+    for (int64_t n = keys.begin; n < keys.end; ++n) {
+      convert_row(own.key_sums + (n - keys.begin) * stride_, features_,
+                  row_of<Storage>(call.key_gradient, key_head, n));
+      convert_row(own.value_sums + (n - keys.begin) * value_stride_, value_features_,
+                  row_of<Storage>(call.value_gradient, key_head, n));
     }
   }
 
-  void run_head(Scratch& own, int64_t batch, int64_t head, int64_t split, Range keys) const {
-    const int64_t queries = layer_.queries, number = batch * layer_.heads + head;
-    gather_rows(walk_.row(layer_.query, batch, head, 0), layer_.query.row_stride, queries,
+  void run_head(Scratch& own, const AttentionBackward& call, int64_t head, int64_t split,
+                Range keys) const {
+    const AttentionLayer& layer = call.layer;
+    const int64_t queries = layer.queries;
+    gather_rows(row_of<const Storage>(layer.query, head, 0), layer.query.row_stride, queries,
                 features_, own.queries, stride_);
-    gather_rows(walk_.row(call_.output_gradient, batch, head, 0), call_.output_gradient.row_stride,
-                queries, value_features_, own.gradients, value_stride_);
+    gather_rows(row_of<const Storage>(call.output_gradient, head, 0),
+                call.output_gradient.row_stride, queries, value_features_, own.gradients,
+                value_stride_);
     for (int64_t first = 0; first < queries; first += kBlockQueries) {
       const int64_t count = queries - first < kBlockQueries ? queries - first : kBlockQueries;
       pack_rows<F>([&](int64_t n) { return own.queries + (first + n) * stride_; }, count, features_,
@@ -180,49 +186,63 @@ class AttentionBackwardPass {
                    value_features_, 0, value_features_,
                    own.gradient_panels + first * value_stride_);
     }
-    for (int64_t i = 0; i < queries; ++i) {
-      const Storage* output = walk_.row(call_.output, batch, head, i);
-      const Storage* gradient = walk_.row(call_.output_gradient, batch, head, i);
-      Vec<T> sums{};
-      T sum = 0;
-      for_each_lanes<T>(value_features_, [&](int64_t j, auto lanes) {
-        using V = decltype(lanes);
-        const V product = load_as<V>(output + j) * load_as<V>(gradient + j);
-        if constexpr (std::is_same<V, T>::value) {
-          sum += product;
-        } else {
-          sums = sums + product;
-        }
-      });
-      own.deltas[i] = sum + sum_of_lanes(sums);
+    find_deltas(own, call, head, split);
+    T* query_sums = own.query_sums;
+    if (splits_ > 1) {
+      const int64_t number = split * layer_.batch * layer_.heads + layer.first_head + head;
+      query_sums = partial_sums_ + number * layer_.queries * stride_;
     }
-    T* query_sums = splits_ == 1 ? own.query_sums
-                                 : partial_sums_ + (split * layer_.batch * layer_.heads + number) *
-                                                       queries * stride_;
     zero(query_sums, queries * stride_);
     for (int64_t tile = keys.begin; tile < keys.end; tile += kTileKeys) {
       const Range of_tile{tile, tile + kTileKeys < keys.end ? tile + kTileKeys : keys.end};
       for (int64_t first = 0; first < queries; first += kBlockQueries) {
         const int64_t count = queries - first < kBlockQueries ? queries - first : kBlockQueries;
-        run_block(own, batch, head, first, count, keys.begin, of_tile, query_sums);
+        run_block(own, call, head, first, count, keys.begin, of_tile, query_sums);
       }
     }
     if (splits_ > 1) return;
     for (int64_t i = 0; i < queries; ++i) {
       convert_row(query_sums + i * stride_, features_,
-                  Walk::written_row(call_.query_gradient, batch, head, i));
+                  row_of<Storage>(call.query_gradient, head, i));
     }
   }
 
-  void run_block(Scratch& own, int64_t batch, int64_t head, int64_t first, int64_t count,
-                 int64_t begin, Range tile, T* query_sums) const {
-    Range keys = common(tile, walk_.visible(first, first + count));
+  // Outputs times their gradients, and from these the gradient of the sink.
+  void find_deltas(Scratch& own, const AttentionBackward& call, int64_t head, int64_t split) const {
+    for (int64_t i = 0; i < call.layer.queries; ++i) {
+      const Storage* output = row_of<const Storage>(call.output, head, i);
+      const Storage* gradient = row_of<const Storage>(call.output_gradient, head, i);
+      V sums{};
+      int64_t j = 0;
+      for (; j + V::kWidth <= value_features_; j += V::kWidth) {
+        sums = sums + load_as<V>(output + j) * load_as<V>(gradient + j);
+      }
+      if (j < value_features_) {
+        sums = sums + load_first<V>(output + j, value_features_ - j) *
+                          load_first<V>(gradient + j, value_features_ - j);
+      }
+      own.deltas[i] = sum_of_lanes(sums);
+    }
+    if (!call.sink_gradient || split > 0) return;
+    const T sink = static_cast<const T*>(call.layer.sinks)[head];
+    T sum = 0;
+    for (int64_t i = 0; i < call.layer.queries; ++i) {
+      const T logsumexp = *row_of<const T>(call.logsumexp, head, i);
+      if (logsumexp == Gathered<T>::kNever) continue;
+      sum -= exponential<T>(sink - logsumexp) * own.deltas[i];
+    }
+    static_cast<T*>(call.sink_gradient)[head] = sum;
+  }
+
+  void run_block(Scratch& own, const AttentionBackward& call, int64_t head, int64_t first,
+                 int64_t count, int64_t begin, Range tile, T* query_sums) const {
+    Range keys = common(tile, visible(call.layer, first, first + count));
     if (keys.begin == keys.end) return;
     keys = Walk::whole_panels(keys, tile);
     const int64_t height = tile_height(count, kStrip);
     for (int64_t row = 0; row < count; row += height) {
       const int64_t rows = count - row < height ? count - row : height;
-      run_strip(own, batch, head, first, row, rows, begin, tile, keys, query_sums);
+      run_strip(own, call, head, first, row, rows, begin, tile, keys, query_sums);
     }
     const int64_t width = keys.end - keys.begin, place = keys.begin - begin;
     const int64_t offset = keys.begin - tile.begin;
@@ -236,10 +256,12 @@ class AttentionBackwardPass {
   }
 
   // Weights and gradients of scores for the keys of a block, and what they add to the queries.
-  void run_strip(Scratch& own, int64_t batch, int64_t head, int64_t first, int64_t row,
-                 int64_t rows, int64_t begin, Range tile, Range block_keys, T* query_sums) const {
+  void run_strip(Scratch& own, const AttentionBackward& call, int64_t head, int64_t first,
+                 int64_t row, int64_t rows, int64_t begin, Range tile, Range block_keys,
+                 T* query_sums) const {
+    const AttentionLayer& layer = call.layer;
     Range keys =
-        common(block_keys, walk_.visible(first + row, first + row + rows), block_keys.begin);
+        common(block_keys, visible(layer, first + row, first + row + rows), block_keys.begin);
     keys = Walk::whole_panels(keys, tile);
     const int64_t width = keys.end - keys.begin, place = keys.begin - begin;
     if (width > 0) {
@@ -252,23 +274,24 @@ class AttentionBackwardPass {
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t query = first + row + i;
-      const Range seen = common(keys, walk_.visible(query), block_keys.begin);
+      const Range seen = common(keys, visible(layer, query), block_keys.begin);
       F* weights = own.weights + (row + i) * kScoreStride - tile.begin;
       F* gradients = own.score_gradients + (row + i) * kScoreStride - tile.begin;
+      if (seen.begin < seen.end) {
+        const ScoreRow<Storage> scores(layer, head, query);
+        const int64_t offset = i * kScoreStride + seen.begin - keys.begin;
+        if (scores.is_plain() && layer.dropout == 0 && !call.bias_gradient) {
+          differentiate<true>(own, call, scores, head, query, seen, own.scores + offset,
+                              own.products + offset, weights + seen.begin, gradients + seen.begin);
+        } else {
+          differentiate<false>(own, call, scores, head, query, seen, own.scores + offset,
+                               own.products + offset, weights + seen.begin, gradients + seen.begin);
+        }
+      }
       F* const both[] = {weights, gradients};
       for (F* values : both) {
         store_zeros(values + block_keys.begin, seen.begin - block_keys.begin);
         store_zeros(values + seen.end, rounded_up(block_keys.end - seen.end, Factors<F>::kInWord));
-      }
-      if (seen.begin == seen.end) continue;
-      const ScoreRow<Storage> scores(layer_, batch, head, query);
-      const int64_t offset = i * kScoreStride + seen.begin - keys.begin;
-      if (scores.is_plain() && layer_.dropout == 0 && !call_.bias_gradient) {
-        differentiate<true>(own, scores, batch, head, query, seen, own.scores + offset,
-                            own.products + offset, weights + seen.begin, gradients + seen.begin);
-      } else {
-        differentiate<false>(own, scores, batch, head, query, seen, own.scores + offset,
-                             own.products + offset, weights + seen.begin, gradients + seen.begin);
       }
     }
     if (width == 0) return;
@@ -279,51 +302,57 @@ class AttentionBackwardPass {
                 query_sums + (first + row) * stride_, stride_, Into::kAdd);
   }
 
+  // Buffers have room for a vector beyond the keys that are seen; what comes to stand there is for
+  // the caller to clear.
   template <bool kPlain>
-  void differentiate(Scratch& own, const ScoreRow<Storage>& row, int64_t batch, int64_t head,
-                     int64_t query, Range seen, const T* products, const T* value_products,
-                     F* weights, F* gradients) const {
-    const int64_t count = seen.end - seen.begin, number = batch * layer_.heads + head;
-    const T logsumexp = static_cast<const T*>(call_.logsumexp)[number * layer_.queries + query];
-    if (logsumexp == ScoreRow<Storage>::kNever) {
+  void differentiate(Scratch& own, const AttentionBackward& call, const ScoreRow<Storage>& row,
+                     int64_t head, int64_t query, Range seen, const T* products,
+                     const T* value_products, F* weights, F* gradients) const {
+    const AttentionLayer& layer = call.layer;
+    const int64_t count = seen.end - seen.begin;
+    const T logsumexp = *row_of<const T>(call.logsumexp, head, query);
+    if (logsumexp == Gathered<T>::kNever) {
       store_zeros(weights, count);
       store_zeros(gradients, count);
       return;
     }
-    const bool drops = !kPlain && layer_.dropout > 0;
-    if (drops) dropout_factors(layer_, number, query, seen, own.words, own.factors);
+    const bool drops = !kPlain && layer.dropout > 0;
+    if (drops) dropout_factors(layer, head, query, seen, own.dropout.words, own.dropout.factors);
     T* bias_gradient = nullptr;
-    if (!kPlain && call_.bias_gradient) {
-      const int64_t* strides = call_.bias_gradient_strides;
-      bias_gradient = static_cast<T*>(call_.bias_gradient) + batch * strides[0] +
-                      head * strides[1] + query * strides[2] + seen.begin;
+    if (!kPlain && call.bias_gradient) {
+      const int64_t* strides = call.bias_gradient_strides;
+      bias_gradient =
+          static_cast<T*>(call.bias_gradient) + head * strides[1] + query * strides[2] + seen.begin;
     }
-    const T delta = own.deltas[query];
-    for_each_lanes<T>(count, [&](int64_t j, auto lanes) {
-      using V = decltype(lanes);
+    const T delta = own.deltas[query], reference = logsumexp * ScoreRow<Storage>::kLog2E;
+    for (int64_t j = 0; j < count; j += V::kWidth) {
       const V product = load_as<V>(products + j);
-      const V score = row.template score<kPlain>(product, seen.begin + j);
-      const V weight = row.weight(score, logsumexp);
+      const V score = row.template score<kPlain>(product, seen.begin + j, count - j);
+      const V weight = exponential_of_two<T>(score - reference);
       V through = load_as<V>(value_products + j), kept = weight;
       if (drops) {
-        const V factor = load_as<V>(own.factors + j);
+        const V factor = load_as<V>(own.dropout.factors + j);
         through = through * factor;
         kept = kept * factor;
       }
       store(weights + j, kept);
       V gradient = weight * (through - delta);
-      if (bias_gradient) store(bias_gradient + j, load_as<V>(bias_gradient + j) + gradient);
+      if (bias_gradient) add_up_to(bias_gradient + j, gradient, count - j);
       if (!kPlain && row.softcap != 0) {
         const V saturation = row.saturation(product);
         gradient = gradient * (V{} + T(1) - saturation * saturation);
       }
       store(gradients + j, gradient * row.scale);
-    });
+    }
+  }
+
+  static void add_up_to(T* target, V value, int64_t left) {
+    if (left >= V::kWidth) return store(target, load_as<V>(target) + value);
+    store_first(target, load_first<V>(target, left) + value, left);
   }
 
   const AttentionBackward& call_;
   const AttentionLayer& layer_;
-  const Walk walk_;
   const int64_t features_, value_features_;
   int64_t batches_, heads_, splits_, split_keys_, stride_, value_stride_, scratch_size_;
   Workspace shared_;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -60,6 +61,9 @@ HOST_DEVICE int64_t rounded_down(int64_t value, int64_t grain) { return value / 
 HOST_DEVICE int64_t rounded_up(int64_t value, int64_t grain) {
   return (value + grain - 1) / grain * grain;
 }
+HOST_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
 
 // What two ranges have in common; nothing is {place, place}.
 HOST_DEVICE Range common(Range left, Range right, int64_t place = 0) {
@@ -68,7 +72,37 @@ HOST_DEVICE Range common(Range left, Range right, int64_t place = 0) {
   return begin < end ? Range{begin, end} : Range{place, place};
 }
 
-// What the softmax needs of a layer, and the geometry of its tiles.
+// The key at no distance from query 0.
+HOST_DEVICE int64_t diagonal(const AttentionLayer& layer) {
+  return layer.bottom_right ? layer.keys - layer.queries : 0;
+}
+
+// The keys that a query sees, as far as left and right bound them.
+HOST_DEVICE Range visible(const AttentionLayer& layer, int64_t query) {
+  const int64_t center = query + diagonal(layer);
+  const int64_t end = layer.right < 0 ? layer.keys : center + layer.right + 1;
+  const int64_t begin = layer.left < 0 ? 0 : center - layer.left;
+  const int64_t last = clamped(end, 0, layer.keys);
+  return {clamped(begin, 0, last), last};
+}
+// Those of any of the queries [begin, end); bounds never move back.
+HOST_DEVICE Range visible(const AttentionLayer& layer, int64_t begin, int64_t end) {
+  return {visible(layer, begin).begin, visible(layer, end - 1).end};
+}
+
+// The head of keys and values that goes with a head of queries.
+HOST_DEVICE int64_t key_head_of(const AttentionLayer& layer, int64_t head) {
+  return head / (layer.heads / layer.key_heads);
+}
+
+// Where row `number` of a head begins, in the first sequence.
+template <class Element>
+HOST_DEVICE Element* row_of(const AttentionTensor& tensor, int64_t head, int64_t number) {
+  return static_cast<Element*>(tensor.data) + head * tensor.head_stride +
+         number * tensor.row_stride;
+}
+
+// Sizes and the way to one sequence of the batch.
 template <class Storage>
 struct AttentionWalk {
   using T = ComputeType<Storage>;
@@ -81,94 +115,67 @@ struct AttentionWalk {
     return layer.threads < kMostThreads ? layer.threads : kMostThreads;
   }
 
-  const AttentionLayer& layer;
-
-  // Where row `number` of a head begins, for tensors that are read and for those that are written.
-  static const Storage* row(const AttentionTensor& tensor, int64_t batch, int64_t head,
-                            int64_t number) {
-    return written_row(tensor, batch, head, number);
-  }
-  static Storage* written_row(const AttentionTensor& tensor, int64_t batch, int64_t head,
-                              int64_t number) {
-    return static_cast<Storage*>(tensor.data) + batch * tensor.batch_stride +
-           head * tensor.head_stride + number * tensor.row_stride;
-  }
-  int64_t key_head(int64_t head) const { return head / (layer.heads / layer.key_heads); }
-
-  // The keys that a query sees, as far as left and right bound them.
-  Range visible(int64_t query) const {
-    const int64_t center = query + layer.diagonal;
-    int64_t begin = layer.left < 0 ? 0 : center - layer.left;
-    int64_t end = layer.right < 0 ? layer.keys : center + layer.right + 1;
-    if (begin < 0) begin = 0;
-    if (end > layer.keys) end = layer.keys;
-    return {begin < end ? begin : end, end < 0 ? 0 : end};
-  }
-  // Those of any of the queries [begin, end); bounds never move back.
-  Range visible(int64_t begin, int64_t end) const {
-    return {visible(begin).begin, visible(end - 1).end};
-  }
-
   // Keys of a tile, brought to the panels in which the tile is packed.
   static Range whole_panels(Range keys, Range tile) {
     const int64_t end = tile.begin + rounded_up(keys.end - tile.begin, kPanel);
     return {tile.begin + rounded_down(keys.begin - tile.begin, kPanel),
             end < tile.end ? end : tile.end};
   }
-};
 
-// One row of scores.
-template <class Storage>
-struct ScoreRow {
-  using T = ComputeType<Storage>;
-  static constexpr T kNever = -std::numeric_limits<T>::infinity();
-
-  T scale, softcap, slope;
-  T center;  // the key at no distance, for slopes
-  const Storage* bias;
-  const uint8_t* allowed;
-
-  ScoreRow(const AttentionLayer& layer, int64_t batch, int64_t head, int64_t query)
-      : scale(static_cast<T>(layer.scale)),
-        softcap(static_cast<T>(layer.softcap)),
-        slope(0),
-        center(static_cast<T>(query + layer.diagonal)),
-        bias(nullptr),
-        allowed(nullptr) {
-    const int64_t place = batch * layer.mask_strides[0] + head * layer.mask_strides[1] +
-                          query * layer.mask_strides[2];
-    if (layer.bias) bias = static_cast<const Storage*>(layer.bias) + place;
-    if (layer.allowed) allowed = layer.allowed + place;
-    if (layer.slopes) slope = layer.slopes[batch * layer.slope_batch_stride + head];
+  // A call as if one sequence were all of the batch.
+  static AttentionForward sequence(AttentionForward call, int64_t batch) {
+    const int64_t first = first_row(call.layer.query_starts, batch);
+    move<Storage>(call.output, batch, first);
+    move<T>(call.logsumexp, batch, first);
+    move(call.layer, batch);
+    return call;
   }
-
-  // e^(score - reference)
-  template <class V>
-  static HOST_DEVICE V weight(V score, T reference) {
-    constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
-    return exponential_of_two<T>((score - reference) * kLog2E);
-  }
-
-  bool is_plain() const { return softcap == 0 && slope == 0 && !bias && !allowed; }
-
-  // tanh(scale * product / softcap), where there is a cap.
-  template <class V>
-  HOST_DEVICE V saturation(V product) const {
-    return hyperbolic_tangent<T>(product * (scale / softcap));
-  }
-
-  // The score of key `column` and, for a vector, of those after it.
-  template <bool kPlain, class V>
-  HOST_DEVICE V score(V product, int64_t column) const {
-    if (kPlain) return product * scale;
-    V result = softcap != 0 ? saturation(product) * softcap : product * scale;
-    if (slope != 0) {
-      const V distance = lane_numbers<V>() + (static_cast<T>(column) - center);
-      result = result - magnitude(distance) * slope;
+  static AttentionBackward sequence(AttentionBackward call, int64_t batch) {
+    const int64_t first = first_row(call.layer.query_starts, batch);
+    const int64_t first_key = first_row(call.layer.key_starts, batch);
+    move<Storage>(call.output, batch, first);
+    move<Storage>(call.output_gradient, batch, first);
+    move<Storage>(call.query_gradient, batch, first);
+    move<T>(call.logsumexp, batch, first);
+    move<Storage>(call.key_gradient, batch, first_key);
+    move<Storage>(call.value_gradient, batch, first_key);
+    if (call.bias_gradient) {
+      call.bias_gradient =
+          static_cast<T*>(call.bias_gradient) + batch * call.bias_gradient_strides[0];
     }
-    if (bias) result = result + load_as<V>(bias + column);
-    if (allowed) result = unless_zero(load_as<V>(allowed + column), result, kNever);
-    return result;
+    if (call.sink_gradient) {
+      call.sink_gradient = static_cast<T*>(call.sink_gradient) + batch * call.layer.heads;
+    }
+    move(call.layer, batch);
+    return call;
+  }
+
+ private:
+  static int64_t first_row(const int32_t* starts, int64_t batch) {
+    return starts ? starts[batch] : 0;
+  }
+
+  template <class Element>
+  static void move(AttentionTensor& tensor, int64_t batch, int64_t row) {
+    tensor.data =
+        static_cast<Element*>(tensor.data) + batch * tensor.batch_stride + row * tensor.row_stride;
+  }
+
+  static void move(AttentionLayer& layer, int64_t batch) {
+    move<Storage>(layer.query, batch, first_row(layer.query_starts, batch));
+    move<Storage>(layer.key, batch, first_row(layer.key_starts, batch));
+    move<Storage>(layer.value, batch, first_row(layer.key_starts, batch));
+    if (layer.query_starts) {
+      layer.queries = layer.query_starts[batch + 1] - layer.query_starts[batch];
+    }
+    if (layer.key_starts) layer.keys = layer.key_starts[batch + 1] - layer.key_starts[batch];
+    if (layer.used_keys) layer.keys = layer.used_keys[batch];
+    const int64_t place = batch * layer.mask_strides[0];
+    if (layer.bias) layer.bias = static_cast<const Storage*>(layer.bias) + place;
+    if (layer.allowed) layer.allowed += place;
+    if (layer.slopes) layer.slopes += batch * layer.slope_batch_stride;
+    layer.first_head = batch * layer.heads;
+    layer.batch = 1;
   }
 };
 
@@ -177,7 +184,8 @@ template <class T>
 void dropout_factors(const AttentionLayer& layer, int64_t head, int64_t row, Range keys,
                      uint32_t* words, T* factors) {
   const int64_t begin = rounded_down(keys.begin, kRandomGroup);
-  random_row(layer.seed, head, row, begin, rounded_up(keys.end, kRandomGroup), words);
+  random_row(layer.seed, layer.first_head + head, row, begin, rounded_up(keys.end, kRandomGroup),
+             words);
   const uint32_t threshold = static_cast<uint32_t>(layer.dropout * 4294967296.0);
   const T kept = static_cast<T>(1 / (1 - layer.dropout));
   const uint32_t* own = words + (keys.begin - begin);
@@ -186,9 +194,212 @@ void dropout_factors(const AttentionLayer& layer, int64_t head, int64_t row, Ran
   }
 }
 
+// Scratch of a thread for dropout in one row of a tile.
+template <class T>
+struct DropoutScratch {
+  T* factors;
+  uint32_t* words;
+
+  void reserve(Workspace& space, int64_t tile_keys) {
+    space.reserve(&factors, tile_keys + AttentionWalk<T>::kSkew);
+    space.reserve(&words, tile_keys + 2 * kRandomGroup);
+  }
+};
+
+// One row of scores. They are those of a power of two: times log2(e).
+template <class Storage>
+struct ScoreRow {
+  using T = ComputeType<Storage>;
+  using V = Vec<T>;
+  static constexpr T kNever = -std::numeric_limits<T>::infinity();
+  static constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
+
+  T scale, softcap, slope;
+  T center;  // the key at no distance, for slopes
+  const Storage* bias;
+  const uint8_t* allowed;
+
+  ScoreRow(const AttentionLayer& layer, int64_t head, int64_t query)
+      : scale(static_cast<T>(layer.scale)),
+        softcap(static_cast<T>(layer.softcap)),
+        slope(0),
+        center(static_cast<T>(query + diagonal(layer))),
+        bias(nullptr),
+        allowed(nullptr) {
+    const int64_t place = head * layer.mask_strides[1] + query * layer.mask_strides[2];
+    if (layer.bias) bias = static_cast<const Storage*>(layer.bias) + place;
+    if (layer.allowed) allowed = layer.allowed + place;
+    if (layer.slopes) slope = layer.slopes[head];
+  }
+
+  // Scores are products times a factor above zero: where one is largest, so is the other.
+  bool is_plain() const { return softcap == 0 && slope == 0 && !bias && !allowed && scale > 0; }
+
+  // tanh(scale * product / softcap), where there is a cap.
+  HOST_DEVICE V saturation(V product) const {
+    return hyperbolic_tangent<T>(product * (scale / softcap));
+  }
+
+  // Scores of key `column` and those after it, of which `left` are there.
+  template <bool kPlain>
+  HOST_DEVICE V score(V product, int64_t column, int64_t left) const {
+    if (kPlain) return product * (scale * kLog2E);
+    V result = softcap != 0 ? saturation(product) * (softcap * kLog2E) : product * (scale * kLog2E);
+    if (slope != 0) {
+      const V distance = lane_numbers<V>() + (static_cast<T>(column) - center);
+      result = result - magnitude(distance) * (slope * kLog2E);
+    }
+    if (bias) result = result + load_up_to(bias + column, left) * kLog2E;
+    if (allowed) result = unless_zero(load_up_to(allowed + column, left), result, kNever);
+    return result;
+  }
+
+ private:
+  template <class Element>
+  static HOST_DEVICE V load_up_to(const Element* source, int64_t left) {
+    return left < V::kWidth ? load_first<V>(source, left) : load_as<V>(source);
+  }
+};
+
+// What a query has gathered from some keys: the sums of weights and of weighted values, where the
+// largest score so far has the weight 1.
+template <class T>
+struct Gathered {
+  static constexpr T kNever = -std::numeric_limits<T>::infinity();
+
+  T largest = kNever, sum = 0;
+
+  // The largest score may only grow.
+  void grow_to(T score, T* values, int64_t features) {
+    if (score == largest) return;
+    const T shrinkage = exponential_of_two<T>(largest - score);
+    largest = score;
+    sum *= shrinkage;
+    for_each_lanes<T>(features, [&](int64_t j, auto lanes) {
+      store(values + j, load_as<decltype(lanes)>(values + j) * shrinkage);
+    });
+  }
+
+  // What was gathered from other keys; without values, those are zeros.
+  void add(Gathered other, T* values, const T* other_values, int64_t features) {
+    if (other.sum == 0) return;
+    grow_to(at_least(largest, other.largest), values, features);
+    const T weight =
+        other.largest == largest ? T(1) : exponential_of_two<T>(other.largest - largest);
+    sum += other.sum * weight;
+    if (!other_values) return;
+    for_each_lanes<T>(features, [&](int64_t j, auto lanes) {
+      using V = decltype(lanes);
+      store(values + j, load_as<V>(values + j) + load_as<V>(other_values + j) * weight);
+    });
+  }
+};
+
 template <class F>
 HOST_DEVICE void store_zeros(F* target, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store(target + i, ComputeType<F>(0));
+}
+
+// Weights of a query for `keys` of a tile, from its products with them, 0 where it sees none. All
+// buffers have room for a vector beyond.
+template <class Storage, class F>
+class RowOfWeights {
+ public:
+  using T = ComputeType<Storage>;
+  using V = Vec<T>;
+
+  RowOfWeights(const AttentionLayer& layer, int64_t head, int64_t query)
+      : layer_(layer), head_(head), query_(query), scores_(layer, head, query) {}
+
+  void compute(Range keys, T* products, F* weights, Gathered<T>& gathered, T* values,
+               const DropoutScratch<T>& dropout) const {
+    const Range seen = common(keys, visible(layer_, query_), keys.begin);
+    const int64_t before = seen.begin - keys.begin, count = seen.end - seen.begin;
+    store_zeros(weights, before);
+    if (count > 0) {
+      if (scores_.is_plain()) {
+        weigh<true>(seen, products + before, weights + before, gathered, values);
+      } else {
+        weigh<false>(seen, products + before, weights + before, gathered, values);
+      }
+      if (layer_.dropout > 0) drop(seen, weights + before, dropout);
+    }
+    const int64_t width = words_of<F>(keys.end - keys.begin) * Factors<F>::kInWord;
+    store_zeros(weights + before + count, width - before - count);
+  }
+
+ private:
+  static constexpr T kNever = Gathered<T>::kNever;
+
+  template <bool kPlain>
+  void weigh(Range seen, T* scores, F* weights, Gathered<T>& gathered, T* values) const {
+    const int64_t count = seen.end - seen.begin, whole = rounded_down(count, V::kWidth);
+    V most = V{} + kNever;
+    if (kPlain) store(scores + count, V{} + kNever);
+    for (int64_t j = 0; j < count; j += V::kWidth) {
+      V score = load_as<V>(scores + j);
+      if (!kPlain) {
+        score = scores_.template score<false>(score, seen.begin + j, count - j);
+        store(scores + j, score);
+        if (j == whole) {
+          store(scores + count, V{} + kNever);
+          score = load_as<V>(scores + j);
+        }
+      }
+      most = at_least(most, score);  // a NaN is passed over: the weights carry it
+    }
+    T largest = largest_lane(most);
+    if (largest == kNever) {  // none of them is allowed, unless one is a NaN
+      T sum = 0;
+      for (int64_t j = 0; j < count; ++j) sum += scores[j] == kNever ? T(0) : scores[j];
+      for (int64_t j = 0; j < count; ++j) store(weights + j, sum);
+      gathered.sum += sum;
+      return;
+    }
+    const T factor = kPlain ? scores_.scale * ScoreRow<Storage>::kLog2E : T(1);
+    largest = at_least(gathered.largest, largest * factor);
+    V sums{};
+    for (int64_t j = 0; j < count; j += V::kWidth) {
+      const V score = load_as<V>(scores + j);
+      const V weight = exponential_of_two<T>((kPlain ? score * factor : score) - largest);
+      store(weights + j, weight);
+      sums = sums + weight;
+    }
+    gathered.grow_to(largest, values, layer_.value_features);
+    gathered.sum += sum_of_lanes(sums);
+  }
+
+  void drop(Range seen, F* weights, const DropoutScratch<T>& scratch) const {
+    dropout_factors(layer_, head_, query_, seen, scratch.words, scratch.factors);
+    for (int64_t j = 0; j < seen.end - seen.begin; j += V::kWidth) {
+      store(weights + j, load_as<V>(weights + j) * load_as<V>(scratch.factors + j));
+    }
+  }
+
+  const AttentionLayer& layer_;
+  const int64_t head_, query_;
+  const ScoreRow<Storage> scores_;
+};
+
+// Output and logsumexp of a query that has met all of its keys. One that sees none is zeros, as in
+// torch; a sink is one more key.
+template <class Storage, class T>
+void finish_row(const AttentionForward& call, int64_t head, int64_t query, Gathered<T> gathered,
+                T* values) {
+  const AttentionLayer& layer = call.layer;
+  if (layer.sinks) {
+    Gathered<T> sink;
+    sink.largest = static_cast<const T*>(layer.sinks)[head] * ScoreRow<Storage>::kLog2E;
+    sink.sum = sink.largest == Gathered<T>::kNever ? T(0) : T(1);
+    gathered.add(sink, values, nullptr, layer.value_features);
+  }
+  const T sum = gathered.sum, inverse = sum == 0 ? T(0) : 1 / sum;
+  Storage* output = row_of<Storage>(call.output, head, query);
+  for_each_lanes<T>(layer.value_features, [&](int64_t j, auto lanes) {
+    store(output + j, load_as<decltype(lanes)>(values + j) * inverse);
+  });
+  *row_of<T>(call.logsumexp, head, query) =
+      sum == 0 ? Gathered<T>::kNever : gathered.largest / ScoreRow<Storage>::kLog2E + std::log(sum);
 }
 
 // Copies rows as factors, with zeros up to whole words.

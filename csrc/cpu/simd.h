@@ -106,6 +106,30 @@ HOST_DEVICE Vec<double> power_of_two(Vec<double> shifted) {
   return {(Vec<double>::Native)(((Bits)shifted.value + 1023u) << 52)};
 }
 
+#if defined(__AVX512DQ__)
+// AVX-512 has instructions for both; what they make of infinities needs no bounds.
+template <class T>
+HOST_DEVICE Vec<T> split_power(Vec<T> x, Vec<T>& whole) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  Vec<T> r;
+  if constexpr (sizeof(T) == 4) {
+    r.value = (typename Vec<T>::Native)_mm512_reduce_ps((__m512)x.value, kNearest);
+  } else {
+    r.value = (typename Vec<T>::Native)_mm512_reduce_pd((__m512d)x.value, kNearest);
+  }
+  whole = x - r;
+  return r;
+}
+template <class T>
+HOST_DEVICE Vec<T> times_power_of_two(Vec<T> value, Vec<T> whole) {
+  if constexpr (sizeof(T) == 4) {
+    return {(typename Vec<T>::Native)_mm512_scalef_ps((__m512)value.value, (__m512)whole.value)};
+  } else {
+    return {(typename Vec<T>::Native)_mm512_scalef_pd((__m512d)value.value, (__m512d)whole.value)};
+  }
+}
+#endif
+
 template <class T>
 HOST_DEVICE Vec<T> with_sign_of(Vec<T> magnitude, Vec<T> sign) {
   using Mask = typename Vec<T>::Mask;
@@ -270,6 +294,22 @@ HOST_DEVICE V load_as(const Storage* source) {
   return Lanes<V, Storage>::load(source);
 }
 
+// Of `count` elements, fewer than a vector has: the other lanes are zero, nothing beyond is
+// touched.
+template <class V, class Storage>
+HOST_DEVICE V load_first(const Storage* source, int64_t count) {
+  Storage lanes[V::kWidth] = {};
+  memcpy(lanes, source, count * sizeof(Storage));
+  return load_as<V>(lanes);
+}
+
+template <class V, class Storage>
+HOST_DEVICE void store_first(Storage* target, V vector, int64_t count) {
+  Storage lanes[V::kWidth];
+  store(lanes, vector);
+  memcpy(target, lanes, count * sizeof(Storage));
+}
+
 // 0 and 1 as numbers, of bytes.
 template <class T>
 struct Lanes<Vec<T>, uint8_t> {
@@ -308,11 +348,24 @@ HOST_DEVICE T unless_zero(T gate, T value, T otherwise) {
   return gate != 0 ? value : otherwise;
 }
 
+// All lanes in one, by halves.
+template <class T, class Join>
+HOST_DEVICE T joined_lanes(Vec<T> vector, const Join& join) {
+#pragma GCC unroll 4
+  for (int half = Vec<T>::kWidth / 2; half > 0; half /= 2) {
+    typename Vec<T>::Mask others;
+    for (int i = 0; i < Vec<T>::kWidth; ++i) others[i] = i ^ half;
+    vector = join(vector, Vec<T>{__builtin_shuffle(vector.value, others)});
+  }
+  return vector.value[0];
+}
 template <class T>
 HOST_DEVICE T sum_of_lanes(Vec<T> vector) {
-  T sum = 0;
-  for (int i = 0; i < Vec<T>::kWidth; ++i) sum += vector.value[i];
-  return sum;
+  return joined_lanes(vector, [](Vec<T> a, Vec<T> b) { return a + b; });
+}
+template <class T>
+HOST_DEVICE T largest_lane(Vec<T> vector) {
+  return joined_lanes(vector, [](Vec<T> a, Vec<T> b) { return at_least(a, b); });
 }
 
 // Calls body(i, V()) for all i in [0, n): with V a vector while one fits, then with V = T.

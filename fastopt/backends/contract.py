@@ -181,7 +181,8 @@ class LstmRequest:
 class AttentionRequest:
     """May a backend run this attention, forward and backward?
 
-    Query ``i`` sees the keys from ``i + diagonal - left`` to ``i + diagonal + right``.
+    Query ``i`` stands at key ``i``, or from the bottom right at key ``i + keys - queries``, and sees
+    the keys from ``left`` before to ``right`` behind its place.
 
     Attributes:
         query: ``[batch, heads, queries, features]``.
@@ -191,28 +192,37 @@ class AttentionRequest:
             instead of any of these; or None.
         allowed: Of the same shape, bool: where it is False, the key is not seen; or None.
         slopes: Of ALiBi, fp32, ``[batch, heads]``; or None.
-        dropout: Probability with which a weight is dropped.
+        sinks: The score of one more key whose value is zero, ``[heads]``; or None.
+        query_starts: Sequences of different lengths lie behind each other in a batch of one: where
+            each begins among the queries, and the end of the last, int32; or None.
+        key_starts: The same among the keys; both or none.
+        used_keys: Of each sequence, how many of its keys there are, int32 ``[batch]``; or None.
         seed: Of dropout, int64 of no dimensions on the CPU; None without dropout.
+        dropout: Probability with which a weight is dropped.
         scale: Multiplies the products of queries and keys.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0: they stay.
         left: Negative: no bound.
         right: Negative: no bound.
-        diagonal: The key at no distance from query 0.
+        bottom_right: Where queries stand.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    bias: Tensor | None
-    allowed: Tensor | None
-    slopes: Tensor | None
-    seed: Tensor | None
-    dropout: float
-    scale: float
-    softcap: float
-    left: int
-    right: int
-    diagonal: int
+    bias: Tensor | None = None
+    allowed: Tensor | None = None
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    query_starts: Tensor | None = None
+    key_starts: Tensor | None = None
+    used_keys: Tensor | None = None
+    seed: Tensor | None = None
+    dropout: float = 0.0
+    scale: float = 1.0
+    softcap: float = 0.0
+    left: int = -1
+    right: int = -1
+    bottom_right: bool = False
 
     @property
     def device(self) -> torch.device:

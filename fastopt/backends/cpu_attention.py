@@ -26,15 +26,23 @@ def refuse_attention(request: AttentionRequest) -> str | None:
         if tensor is not None and tensor.dtype is not dtype:
             return f"{name} has dtype {tensor.dtype}, query {dtype}"
     if not torch.compiler.is_compiling():
-        named |= {"query": request.query, "alibi_slopes": request.slopes}
+        named |= {
+            "query": request.query,
+            "alibi_slopes": request.slopes,
+            "learnable_sink": request.sinks,
+        }
         for name, tensor in named.items():
             if tensor is not None and (reason := not_plain(name, tensor, "cpu")):
                 return reason
-        allowed = request.allowed
-        if allowed is not None and (
-            reason := not_plain("attn_mask", allowed, "cpu", (torch.bool,))
-        ):
-            return reason
+        others = {
+            "attn_mask": (request.allowed, torch.bool),
+            "cu_seqlens_q": (request.query_starts, torch.int32),
+            "cu_seqlens_k": (request.key_starts, torch.int32),
+            "cache_seqlens": (request.used_keys, torch.int32),
+        }
+        for name, (tensor, wanted) in others.items():
+            if tensor is not None and (reason := not_plain(name, tensor, "cpu", (wanted,))):
+                return reason
     return _refuse_sizes(request)
 
 
@@ -43,7 +51,8 @@ def _refuse_sizes(request: AttentionRequest) -> str | None:
     query, key, value = request.query, request.key, request.value
     if not query.dim() == key.dim() == value.dim() == 4:
         return "query, key and value are not all of 4 dimensions"
-    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
+    sequences = request.query_starts is not None
+    if not sequences and 0 in (query.numel(), key.numel(), value.numel()):
         return "there is nothing to compute"
     batch, heads, queries, features = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
@@ -57,6 +66,8 @@ def _refuse_sizes(request: AttentionRequest) -> str | None:
             mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True))
         ):
             return f"attn_mask of shape {tuple(mask.shape)} does not fit scores of shape {full}"
+        if mask is not None and sequences:
+            return "attn_mask does not go with cu_seqlens_q"
     if not 0 <= request.dropout < 1:
         return f"dropout_p is {request.dropout}"
     return None
@@ -89,12 +100,16 @@ def empty_gradient(tensor: Tensor) -> Tensor:
 def _layer(request: AttentionRequest) -> _native_cpu.AttentionTensors:
     query, key = request.query, request.key
     allowed, slopes, seed = request.allowed, request.slopes, request.seed
+    sinks = request.sinks
+    others = (request.query_starts, request.key_starts, request.used_keys)
     return _native_cpu.AttentionTensors(
         _contiguous_features(query), _contiguous_features(key), _contiguous_features(request.value),
         _expanded(request.bias, query, key),
         _expanded(None if allowed is None else allowed.view(torch.uint8), query, key),
-        None if slopes is None else slopes.float().expand(query.shape[:2]).contiguous(),
-        request.scale, request.softcap, request.left, request.right, request.diagonal,
+        None if slopes is None else slopes.float().contiguous(),
+        None if sinks is None else sinks.to(compute_dtype(query.dtype)).contiguous(),
+        *[None if tensor is None else tensor.contiguous() for tensor in others],
+        request.scale, request.softcap, request.left, request.right, request.bottom_right,
         request.dropout, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
     )  # fmt: skip
 
@@ -110,19 +125,34 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    output_gradient: Tensor, output: Tensor, logsumexp: Tensor, bias_wanted: bool, *arguments: Any
+    output_gradient: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    bias_wanted: bool,
+    sinks_wanted: bool,
+    *arguments: Any,
 ) -> list[Tensor]:
-    """Gradients of query, key and value, and of the bias where it is wanted."""
+    """Gradients of query, key and value, and of the bias and the sinks where they are wanted."""
     request = AttentionRequest(*arguments)
-    query, key, bias = request.query, request.key, request.bias
+    query, key, bias, sinks = request.query, request.key, request.bias, request.sinks
+    precise = compute_dtype(query.dtype)
     gradients = [empty_gradient(tensor) for tensor in (query, key, request.value)]
-    sums = None
+    if request.used_keys is not None:  # nobody writes those of the other keys
+        for gradient in gradients[1:]:
+            gradient.zero_()
+    bias_sums = sink_sums = None
     if bias_wanted and bias is not None:
-        sums = torch.zeros((*bias.shape[:3], key.size(2)), dtype=compute_dtype(query.dtype))
+        bias_sums = torch.zeros((*bias.shape[:3], key.size(2)), dtype=precise)
+    if sinks_wanted and sinks is not None:
+        starts = request.query_starts
+        batch = query.size(0) if starts is None else starts.size(0) - 1
+        sink_sums = torch.empty((batch, query.size(1)), dtype=precise)
     _native_cpu.attention_backward(
         _layer(request), output, logsumexp, _contiguous_features(output_gradient),
-        [*gradients, _expanded(sums, query, key)], torch.get_num_threads(),
+        [*gradients, _expanded(bias_sums, query, key), sink_sums], torch.get_num_threads(),
     )  # fmt: skip
-    if sums is not None and bias is not None:
-        gradients.append(sums.sum_to_size(bias.shape).to(bias.dtype))
+    if bias_sums is not None and bias is not None:
+        gradients.append(bias_sums.sum_to_size(bias.shape).to(bias.dtype))
+    if sink_sums is not None and sinks is not None:
+        gradients.append(sink_sums.sum(0).to(sinks.dtype))
     return gradients

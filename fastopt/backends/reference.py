@@ -7,7 +7,8 @@ of the step, counted from 1, and returns the new parameter and the new state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -280,6 +281,45 @@ def reference_lstm(layer: LstmRequest) -> tuple[Tensor, Tensor, Tensor]:
 
 def reference_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Output and logsumexp, in double precision; autograd has their gradients."""
+    if request.query_starts is None and request.used_keys is None:
+        return _reference_attention(request, 0)
+    heads = request.query.size(1)
+    parts = [
+        _reference_attention(one, number * heads) for number, one in enumerate(_sequences(request))
+    ]
+    dim = 0 if request.query_starts is None else 2
+    outputs, sums = zip(*parts, strict=True)
+    return torch.cat(outputs, dim), torch.cat(sums, dim)
+
+
+def _sequences(request: AttentionRequest) -> Iterator[AttentionRequest]:
+    """Each sequence of a batch as a request of its own."""
+    starts, key_starts, used = request.query_starts, request.key_starts, request.used_keys
+    count = request.query.size(0) if starts is None else len(starts) - 1
+    for number in range(count):
+        parts = {}
+        for name in ("query", "key", "value"):
+            tensor: Tensor = getattr(request, name)
+            where = starts if name == "query" else key_starts
+            if where is None:
+                tensor = tensor[number : number + 1]
+            else:
+                tensor = tensor[:, :, int(where[number]) : int(where[number + 1])]
+            if used is not None and name != "query":
+                tensor = tensor[:, :, : int(used[number])]
+            parts[name] = tensor
+        keys = parts["key"].size(2)
+        for name in ("bias", "allowed"):
+            mask = getattr(request, name)
+            if mask is not None:
+                mask = mask[number : number + 1] if mask.size(0) > 1 else mask
+                parts[name] = mask[..., :keys] if mask.size(-1) > 1 else mask
+        if request.slopes is not None:
+            parts["slopes"] = request.slopes[number : number + 1]
+        yield replace(request, query_starts=None, key_starts=None, used_keys=None, **parts)
+
+
+def _reference_attention(request: AttentionRequest, first_head: int) -> tuple[Tensor, Tensor]:
     wide = torch.float64
     group = request.query.size(1) // request.key.size(1)
     query = request.query.to(wide)
@@ -288,7 +328,8 @@ def reference_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     if request.softcap:
         scores = request.softcap * torch.tanh(scores / request.softcap)
     rows, columns = scores.shape[-2:]
-    distance = torch.arange(columns) - torch.arange(rows)[:, None] - request.diagonal
+    diagonal = columns - rows if request.bottom_right else 0
+    distance = torch.arange(columns) - torch.arange(rows)[:, None] - diagonal
     if request.slopes is not None:
         scores = scores - request.slopes.to(wide)[..., None, None] * distance.abs()
     if request.bias is not None:
@@ -302,23 +343,30 @@ def reference_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         seen = seen & (distance <= request.right)
     scores = scores.masked_fill(~seen, -torch.inf)
     logsumexp = scores.logsumexp(-1)
+    if request.sinks is not None:
+        logsumexp = torch.logaddexp(logsumexp, request.sinks.to(wide)[:, None])
     weights = torch.exp(scores - logsumexp[..., None])
     # A row that sees no key is zeros.
     weights = torch.where(logsumexp[..., None] == -torch.inf, 0, weights)
     if request.dropout:
-        weights = weights * dropout_factors(request)
+        weights = weights * dropout_factors(request, first_head)
     output = (weights @ value).to(request.query.dtype)
     return output, logsumexp.to(wide if request.query.dtype is wide else torch.float32)
 
 
-def dropout_factors(request: AttentionRequest) -> Tensor:
-    """What each weight is multiplied by: 0, or ``1 / (1 - dropout)``."""
+def dropout_factors(request: AttentionRequest, first_head: int = 0) -> Tensor:
+    """What each weight is multiplied by: 0, or ``1 / (1 - dropout)``.
+
+    Args:
+        request: Of one length for all of its sequences.
+        first_head: The number of its first head in the whole batch.
+    """
     assert request.seed is not None
     batch, heads, rows = request.query.shape[:3]
     columns = request.key.size(2)
     words = torch.empty((batch * heads, rows, -(-columns // 64) * 64), dtype=torch.int32)
     for head, own in enumerate(words):
-        _native_cpu.attention_random_words(int(request.seed), head, own)
+        _native_cpu.attention_random_words(int(request.seed), first_head + head, own)
     kept = (words.long() & 0xFFFFFFFF) >= int(request.dropout * 2**32)
     kept = kept[..., :columns].view(batch, heads, rows, columns)
     return kept.double() / (1 - request.dropout)

@@ -42,7 +42,12 @@ class TorchBackend:
         """What ``torch.nn.functional.scaled_dot_product_attention`` has arguments for."""
         if request.softcap or request.slopes is not None:
             return "torch has neither softcap nor ALiBi"
-        causal = request.right == 0 and request.diagonal == 0
+        if request.sinks is not None:
+            return "torch has no sinks"
+        if request.query_starts is not None or request.used_keys is not None:
+            return "torch has no cu_seqlens and no cache_seqlens"
+        square = request.query.size(-2) == request.key.size(-2)
+        causal = request.right == 0 and (square or not request.bottom_right)
         if request.left >= 0 or not (causal or request.right < 0):
             return "torch has no window and no causal mask from the bottom right"
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ def scaled_dot_product_attention(
     """The twin of ``torch.nn.functional.scaled_dot_product_attention``.
 
     Where the kernels do not take the tensors, torch runs, and raises what it raises. Dropout is
-    drawn from torch's generator once per call; its pattern is not torch's.
+    drawn from torch's generator once per call; its pattern is not torch's. Jagged nested tensors run
+    in the kernels too.
 
     Args:
         query: ``[..., heads, queries, features]``.
@@ -47,11 +49,18 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: As torch.
     """
+    if (
+        query.is_nested
+        and (result := _nested(query, key, value, attn_mask, dropout_p, is_causal, scale))
+        is not None
+    ):
+        return result
     request = None
     if _fits(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         request = _request(
-            query, key, value, attn_mask, dropout_p, scale, 0.0, -1, 0 if is_causal else -1, 0, None
-        )
+            query, key, value, attn_mask, scale,
+            dropout=float(dropout_p), right=0 if is_causal else -1,
+        )  # fmt: skip
     result = None if request is None else run_attention(request)
     if result is None:
         return torch_functional.scaled_dot_product_attention(
@@ -72,6 +81,12 @@ def attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    cache_seqlens: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -82,59 +97,88 @@ def attention(
     may be a multiple of those of ``key``. A query that sees no key gives zeros.
 
     Args:
-        query: ``[batch, heads, queries, features]``.
-        key: ``[batch, key_heads, keys, features]``.
-        value: ``[batch, key_heads, keys, value_features]``.
-        attn_mask: As for ``scaled_dot_product_attention``.
+        query: ``[batch, heads, queries, features]``. With ``cu_seqlens_q``, sequences lie behind
+            each other, as in flash-attn: ``[total_q, heads, features]``.
+        key: ``[batch, key_heads, keys, features]`` or ``[total_k, key_heads, features]``.
+        value: ``[batch, key_heads, keys, value_features]`` or
+            ``[total_k, key_heads, value_features]``.
+        attn_mask: As for ``scaled_dot_product_attention``; not with ``cu_seqlens_q``.
         dropout_p: Probability with which a weight is dropped.
         causal: No key after the query's own place.
         scale: Of the products; ``1 / sqrt(features)`` by default.
         window_size: How many keys before and after the query's own place are seen; -1: all.
         softcap: Products ``x`` become ``softcap * tanh(x / softcap)``; 0: they do not.
         alibi_slopes: fp32 ``[heads]`` or ``[batch, heads]`` (Press et al. 2022).
+        learnable_sink: ``[heads]``: the score of one more key, which every query sees and whose
+            value is zero (Xiao et al. 2024); its gradient is computed where wanted.
+        cu_seqlens_q: int32 or int64 ``[batch + 1]``: where each sequence of queries begins, and the
+            end of the last.
+        cu_seqlens_k: The same for the keys; ``cu_seqlens_q`` by default.
+        max_seqlen_q: The length of the longest sequence of queries, found out where not given.
+        max_seqlen_k: The same for the keys.
+        cache_seqlens: How many keys there are, of all or, ``[batch]``, of each sequence: a cache has
+            room for more. Queries are the last ones: their own keys are counted.
         return_lse: Return logsumexp of the scores too, which has no gradient.
         backend: ``auto``, ``cpu``, ``torch`` or ``reference``.
 
     Returns:
-        ``[batch, heads, queries, value_features]``; with ``return_lse`` also
-        ``[batch, heads, queries]``, -inf for a query that sees no key.
+        ``[batch, heads, queries, value_features]``, or ``[total_q, heads, value_features]``; with
+        ``return_lse`` also ``[batch, heads, queries]``, or ``[heads, total_q]``: -inf for a query
+        that sees no key.
 
     Raises:
         ValueError: An argument is out of its range or has another shape.
         RuntimeError: No backend takes the tensors.
     """
-    for name, tensor in {"query": query, "key": key, "value": value}.items():
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+    sequences = cu_seqlens_q is not None
+    _check_dimensions({"query": query, "key": key, "value": value}, 3 if sequences else 4)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and not negative, got {softcap}")
-    if alibi_slopes is not None and alibi_slopes.shape not in (
-        query.shape[1:2],
-        query.shape[:2],
-    ):
-        raise ValueError(
-            f"alibi_slopes must be [heads] or [batch, heads], got {tuple(alibi_slopes.shape)}"
-        )
     left, right = window_size
     if min(left, right) < -1:
         raise ValueError(f"window_size must be a pair of numbers from -1 on, got {window_size}")
-    if causal:
-        right = 0
-    diagonal = key.size(2) - query.size(2)
-    slopes = None if alibi_slopes is None else alibi_slopes.expand(query.shape[:2])
+    starts = key_starts = None
+    if cu_seqlens_q is not None:
+        if attn_mask is not None:
+            raise ValueError("attn_mask does not go with cu_seqlens_q, got both")
+        starts = _starts("q", cu_seqlens_q, max_seqlen_q)
+        key_starts = starts
+        if cu_seqlens_k is not None:
+            key_starts = _starts("k", cu_seqlens_k, max_seqlen_k)
+        query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    elif cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k needs cu_seqlens_q")
+    batch = query.size(0) if starts is None else starts.size(0) - 1
+    heads = query.size(1)
+    slopes = alibi_slopes
+    if slopes is not None:
+        if slopes.shape not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"alibi_slopes must be [heads] or [batch, heads], got {tuple(slopes.shape)}"
+            )
+        slopes = slopes.expand(batch, heads)
+    if learnable_sink is not None and learnable_sink.shape != (heads,):
+        raise ValueError(f"learnable_sink must be [heads], got {tuple(learnable_sink.shape)}")
     request = _request(
-        query, key, value, attn_mask, dropout_p, scale, softcap, left, right, diagonal, slopes
-    )
+        query, key, value, attn_mask, scale,
+        slopes=slopes, sinks=learnable_sink, query_starts=starts, key_starts=key_starts,
+        used_keys=_used_keys(cache_seqlens, batch), dropout=float(dropout_p),
+        softcap=float(softcap), left=left, right=0 if causal else right, bottom_right=True,
+    )  # fmt: skip
     result = run_attention(request, backend)
     if result is None:
         if return_lse:
             raise RuntimeError("backend 'torch' cannot return logsumexp")
         return torch_functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, causal, scale=scale, enable_gqa=True
-        )
-    return result if return_lse else result[0]
+            query, key, value, attn_mask, dropout_p, request.right == 0, scale=scale,
+            enable_gqa=True,
+        )  # fmt: skip
+    output, logsumexp = result
+    if sequences:
+        output, logsumexp = output.squeeze(0).transpose(0, 1), logsumexp.squeeze(0)
+    return (output, logsumexp) if return_lse else output
 
 
 def attention_with_weights(
@@ -152,7 +196,7 @@ def attention_with_weights(
     Returns:
         Output, and ``[batch, heads, queries, keys]``.
     """
-    request = _request(query, key, value, attn_mask, dropout_p, None, 0.0, -1, -1, 0, None)
+    request = _request(query, key, value, attn_mask, None, dropout=float(dropout_p))
     if dropout_p > 0:
         request = with_seed(request)
     result = run_attention(request)
@@ -198,13 +242,8 @@ def _request(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    dropout: float,
     scale: float | None,
-    softcap: float,
-    left: int,
-    right: int,
-    diagonal: int,
-    slopes: Tensor | None,
+    **options: Any,
 ) -> AttentionRequest:
     query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     if query.dim() == 3:  # heads without a batch
@@ -217,9 +256,81 @@ def _request(
             allowed = mask
         else:
             bias = _autocast(mask)
-    features = query.size(-1)
+    usual = 1 / math.sqrt(max(query.size(-1), 1))
     return AttentionRequest(
-        query, key, value, bias, allowed, slopes, None, float(dropout),
-        1 / math.sqrt(max(features, 1)) if scale is None else float(scale), float(softcap), left,
-        right, diagonal,
+        query, key, value, bias, allowed, scale=usual if scale is None else float(scale), **options
+    )
+
+
+def _check_dimensions(tensors: dict[str, Tensor], wanted: int) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() != wanted:
+            form = "[rows, heads, features] with cu_seqlens_q" if wanted == 3 else "4 dimensions"
+            raise ValueError(f"{name} must have {form}, got shape {tuple(tensor.shape)}")
+
+
+def _starts(side: str, starts: Tensor, longest: int | None) -> Tensor:
+    if starts.dim() != 1 or starts.size(0) < 2 or starts.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens_{side} must be int32 or int64 [batch + 1], got {starts.dtype} "
+            f"{tuple(starts.shape)}"
+        )
+    if longest is not None and not torch.compiler.is_compiling():
+        found = int(starts.diff().max())
+        if longest < found:
+            raise ValueError(
+                f"max_seqlen_{side} must be at least {found}, the longest sequence, got {longest}"
+            )
+    return starts.to(torch.int32)
+
+
+def _used_keys(lengths: int | Tensor | None, batch: int) -> Tensor | None:
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor):
+        return torch.full((batch,), lengths, dtype=torch.int32)
+    if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cache_seqlens must be a number or int32 or int64 [batch], got {lengths.dtype} "
+            f"{tuple(lengths.shape)}"
+        )
+    return lengths.to(torch.int32)
+
+
+def _nested(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor | None:
+    """Of jagged tensors ``[batch, heads, ragged, features]``; None: that is torch's."""
+    inputs = query, key, value
+    if mask is not None or not 0 <= dropout < 1 or not all(map(_is_jagged, inputs)):
+        return None
+    if query.size(1) != key.size(1):
+        return None
+    request = _request(
+        *(tensor.values().unsqueeze(0) for tensor in inputs), None, scale,  # type: ignore[arg-type]
+        query_starts=query.offsets().to(torch.int32), key_starts=key.offsets().to(torch.int32),
+        dropout=float(dropout), right=0 if is_causal else -1,
     )  # fmt: skip
+    result = run_attention(request)
+    if result is None:
+        return None
+    return torch.nested.nested_tensor_from_jagged(
+        result[0].squeeze(0), query.offsets(), jagged_dim=2
+    )
+
+
+def _is_jagged(tensor: Tensor) -> bool:
+    """Whether its sequences lie behind each other without a gap, heads before them."""
+    return (
+        tensor.is_nested
+        and tensor.layout is torch.jagged
+        and tensor.dim() == 4
+        and tensor._ragged_idx == 2
+        and tensor.lengths() is None
+    )

@@ -15,20 +15,23 @@ from fastopt.backends.reference import reference_attention
 
 LIBRARY = torch.library.Library("fastopt", "FRAGMENT")
 
-# The fields of an AttentionRequest, in their order.
+# The fields of an AttentionRequest, in their order: the first ones are tensors.
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, Tensor? slopes, "
-    "Tensor? seed, float dropout, float scale, float softcap, int left, int right, int diagonal"
+    "Tensor? sinks, Tensor? query_starts, Tensor? key_starts, Tensor? used_keys, Tensor? seed, "
+    "float dropout, float scale, float softcap, int left, int right, bool bottom_right"
 )
+_NAMES = [field.name for field in dataclasses.fields(AttentionRequest)]
+_TENSORS = _NAMES.index("dropout")
+_DIFFERENTIABLE = tuple(map(_NAMES.index, ("query", "key", "value", "bias", "sinks")))
+
 LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)")
 LIBRARY.define(
     "attention_backward(Tensor output_gradient, Tensor output, Tensor logsumexp, bool bias_wanted, "
-    f"{_ARGUMENTS}) -> Tensor[]"
+    f"bool sinks_wanted, {_ARGUMENTS}) -> Tensor[]"
 )
 torch.library.impl(LIBRARY, "attention", "CPU")(cpu_attention.forward)
 torch.library.impl(LIBRARY, "attention_backward", "CPU")(cpu_attention.backward)
-
-_TENSORS = 7  # the first arguments
 
 
 @torch.library.register_fake("fastopt::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]
@@ -41,11 +44,19 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
     "fastopt::attention_backward", lib=LIBRARY
 )
 def _fake_backward(
-    output_gradient: Tensor, output: Tensor, logsumexp: Tensor, bias_wanted: bool, *arguments: Any
+    output_gradient: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    bias_wanted: bool,
+    sinks_wanted: bool,
+    *arguments: Any,
 ) -> list[Tensor]:
-    *inputs, bias = arguments[:4]
+    request = AttentionRequest(*arguments)
+    inputs = request.query, request.key, request.value
     gradients = [cpu_attention.empty_gradient(tensor) for tensor in inputs]
-    return [*gradients, bias.new_empty(bias.shape)] if bias_wanted else gradients
+    more = (request.bias, bias_wanted), (request.sinks, sinks_wanted)
+    gradients += [t.new_empty(t.shape) for t, wanted in more if wanted and t is not None]
+    return gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -57,19 +68,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradients(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     output, logsumexp, *tensors = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:4])
-    nothing = [None] * (len(tensors) + len(ctx.numbers))
+    wanted = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
+    results: list[Tensor | None] = [None] * len(_NAMES)
     if gradient is None or not any(wanted):
-        return tuple(nothing)
+        return tuple(results)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        found = _differentiable_gradients(
-            gradient, AttentionRequest(*tensors, *ctx.numbers), wanted
-        )
+        request = AttentionRequest(*tensors, *ctx.numbers)
+        places = [place for place, want in zip(_DIFFERENTIABLE, wanted, strict=True) if want]
+        found = _differentiable_gradients(gradient, request, [tensors[place] for place in places])
     else:
+        places = [place for place in _DIFFERENTIABLE if place < 3 or ctx.needs_input_grad[place]]
         found = torch.ops.fastopt.attention_backward(
-            gradient, output, logsumexp, wanted[3], *tensors, *ctx.numbers
+            gradient, output, logsumexp, *wanted[3:], *tensors, *ctx.numbers
         )
-    return (*found, *nothing[len(found) :])
+    for place, own in zip(places, found, strict=True):
+        results[place] = own
+    return tuple(results)
 
 
 torch.library.register_autograd(
@@ -78,15 +92,14 @@ torch.library.register_autograd(
 
 
 def _differentiable_gradients(
-    gradient: Tensor, request: AttentionRequest, wanted: list[bool]
-) -> list[Tensor | None]:
+    gradient: Tensor, request: AttentionRequest, leaves: list[Tensor]
+) -> tuple[Tensor, ...]:
     """The same gradients by torch's operations, for derivatives of higher order."""
-    tensors = [request.query, request.key, request.value, request.bias]
     with torch.enable_grad():
         output, _ = reference_attention(request)
-        leaves = [t for t, want in zip(tensors, wanted, strict=True) if want and t is not None]
-        found = iter(torch.autograd.grad(output, leaves, gradient, create_graph=True))
-    return [next(found) if want else None for want in wanted]
+        return torch.autograd.grad(
+            output, leaves, gradient, create_graph=True, materialize_grads=True
+        )
 
 
 def with_seed(request: AttentionRequest) -> AttentionRequest:
@@ -119,7 +132,5 @@ def attention(
         request = with_seed(request)
     if chosen == "reference":
         return reference_attention(request)
-    output, logsumexp = torch.ops.fastopt.attention(
-        *[getattr(request, field.name) for field in dataclasses.fields(request)]
-    )
+    output, logsumexp = torch.ops.fastopt.attention(*[getattr(request, name) for name in _NAMES])
     return output, logsumexp
