@@ -238,7 +238,7 @@ class AttentionBackwardPass {
                  int64_t count, int64_t begin, Range tile, T* query_sums) const {
     Range keys = common(tile, visible(call.layer, first, first + count));
     if (keys.begin == keys.end) return;
-    keys = Walk::whole_panels(keys, tile);
+    keys = Walk::from_panel(keys, tile);
     const int64_t height = tile_height(count, kStrip);
     for (int64_t row = 0; row < count; row += height) {
       const int64_t rows = count - row < height ? count - row : height;
@@ -246,13 +246,20 @@ class AttentionBackwardPass {
     }
     const int64_t width = keys.end - keys.begin, place = keys.begin - begin;
     const int64_t offset = keys.begin - tile.begin;
+    const auto words_for = [&](int64_t row, int64_t rows) {
+      const int64_t key = keys.begin + row;
+      const Range queries =
+          common({first, first + count}, seeing(call.layer, {key, key + rows}), first);
+      return Range{(queries.begin - first) / Factors<F>::kInWord, words_of<F>(queries.end - first)};
+    };
     multiply_transposed<F>(own.weights + offset, kScoreStride, width,
                            own.gradient_panels + first * value_stride_, value_features_, count,
                            own.value_sums + place * value_stride_, value_stride_, Into::kAdd,
-                           own.transposed);
+                           own.transposed, words_for);
     multiply_transposed<F>(own.score_gradients + offset, kScoreStride, width,
                            own.query_panels + first * stride_, features_, count,
-                           own.key_sums + place * stride_, stride_, Into::kAdd, own.transposed);
+                           own.key_sums + place * stride_, stride_, Into::kAdd, own.transposed,
+                           words_for);
   }
 
   // Weights and gradients of scores for the keys of a block, and what they add to the queries.
@@ -262,15 +269,17 @@ class AttentionBackwardPass {
     const AttentionLayer& layer = call.layer;
     Range keys =
         common(block_keys, visible(layer, first + row, first + row + rows), block_keys.begin);
-    keys = Walk::whole_panels(keys, tile);
+    keys = Walk::from_panel(keys, tile);
     const int64_t width = keys.end - keys.begin, place = keys.begin - begin;
     if (width > 0) {
+      const int64_t packed = tile.end - keys.begin;
+      const int64_t words = words_of<F>(features_), value_words = words_of<F>(value_features_);
       multiply<F>({own.queries + (first + row) * stride_, stride_}, rows,
-                  own.key_columns + words_of<F>(features_) * place, width, features_, own.scores,
-                  kScoreStride, Into::kReplace);
+                  own.key_columns + words * place, packed, width, Depth{words, 0, words},
+                  own.scores, kScoreStride, Into::kReplace);
       multiply<F>({own.gradients + (first + row) * value_stride_, value_stride_}, rows,
-                  own.value_columns + words_of<F>(value_features_) * place, width, value_features_,
-                  own.products, kScoreStride, Into::kReplace);
+                  own.value_columns + value_words * place, packed, width,
+                  Depth{value_words, 0, value_words}, own.products, kScoreStride, Into::kReplace);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t query = first + row + i;
@@ -297,7 +306,7 @@ class AttentionBackwardPass {
     if (width == 0) return;
     const int64_t offset = keys.begin - tile.begin;
     multiply<F>({own.score_gradients + row * kScoreStride + offset, kScoreStride}, rows,
-                own.key_rows + (tile.begin - begin) * stride_, features_,
+                own.key_rows + (tile.begin - begin) * stride_, features_, features_,
                 Depth{words_of<F>(tile.end - tile.begin), words_of<F>(offset), words_of<F>(width)},
                 query_sums + (first + row) * stride_, stride_, Into::kAdd);
   }

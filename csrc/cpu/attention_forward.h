@@ -138,11 +138,13 @@ class AttentionForwardPass {
                  int64_t row, int64_t rows, Range tile) const {
     Range keys = common(tile, visible(layer, first + row, first + row + rows));
     if (keys.begin == keys.end) return;
-    keys = Walk::whole_panels(keys, tile);
+    keys = Walk::from_panel(keys, tile);
     const int64_t offset = keys.begin - tile.begin, width = keys.end - keys.begin;
+    const int64_t feature_words = words_of<F>(layer.features);
     multiply<F>({own.queries + row * key_stride_, key_stride_}, rows,
-                key_tile(own, layer, tile.begin) + words_of<F>(layer.features) * offset, width,
-                layer.features, own.scores, kScoreStride, Into::kReplace);
+                key_tile(own, layer, tile.begin) + feature_words * offset, tile.end - keys.begin,
+                width, Depth{feature_words, 0, feature_words}, own.scores, kScoreStride,
+                Into::kReplace);
     for (int64_t i = 0; i < rows; ++i) {
       const RowOfWeights<Storage, F> weights(layer, head, first + row + i);
       weights.compute(keys, own.scores + i * kScoreStride, own.weights + i * kScoreStride,
@@ -150,7 +152,8 @@ class AttentionForwardPass {
     }
     const int64_t tile_words = words_of<F>(tile.end - tile.begin);
     multiply<F>({own.weights, kScoreStride}, rows, value_tile(own, layer, tile.begin),
-                layer.value_features, Depth{tile_words, words_of<F>(offset), words_of<F>(width)},
+                layer.value_features, layer.value_features,
+                Depth{tile_words, words_of<F>(offset), words_of<F>(width)},
                 own.outputs + row * output_stride_, output_stride_, Into::kAdd);
   }
 

@@ -90,6 +90,13 @@ HOST_DEVICE Range visible(const AttentionLayer& layer, int64_t begin, int64_t en
   return {visible(layer, begin).begin, visible(layer, end - 1).end};
 }
 
+// The queries that see any of some keys.
+HOST_DEVICE Range seeing(const AttentionLayer& layer, Range keys) {
+  const int64_t first = keys.begin - diagonal(layer), last = keys.end - 1 - diagonal(layer);
+  return {layer.right < 0 ? 0 : clamped(first - layer.right, 0, layer.queries),
+          layer.left < 0 ? layer.queries : clamped(last + layer.left + 1, 0, layer.queries)};
+}
+
 // The head of keys and values that goes with a head of queries.
 HOST_DEVICE int64_t key_head_of(const AttentionLayer& layer, int64_t head) {
   return head / (layer.heads / layer.key_heads);
@@ -115,9 +122,9 @@ struct AttentionWalk {
     return layer.threads < kMostThreads ? layer.threads : kMostThreads;
   }
 
-  // Keys of a tile, brought to the panels in which the tile is packed.
-  static Range whole_panels(Range keys, Range tile) {
-    const int64_t end = tile.begin + rounded_up(keys.end - tile.begin, kPanel);
+  // Keys of a tile, from the edge of a panel on, in whole words of factors.
+  static Range from_panel(Range keys, Range tile) {
+    const int64_t end = tile.begin + rounded_up(keys.end - tile.begin, Factors<F>::kInWord);
     return {tile.begin + rounded_down(keys.begin - tile.begin, kPanel),
             end < tile.end ? end : tile.end};
   }

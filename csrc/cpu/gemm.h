@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/simd.h"
+#include "cpu/team.h"
 
 FASTOPT_BEGIN_NAMESPACE
 
@@ -136,9 +137,10 @@ struct LeftOperand {
   int64_t row_stride;
 };
 
+// kVectors of the columns of a panel, whose words are `panel_width` apart.
 template <class F, int kRows, int kVectors, bool kTransposed>
-void multiply_tile(LeftOperand<F> a, const SumOf<F>* panel, int64_t words, SumOf<F>* c,
-                   int64_t c_stride, Into into) {
+void multiply_tile(LeftOperand<F> a, const SumOf<F>* panel, int64_t panel_width, int64_t words,
+                   SumOf<F>* c, int64_t c_stride, Into into) {
   using T = SumOf<F>;
   constexpr int kWidth = Vec<T>::kWidth, kInWord = Factors<F>::kInWord;
   Vec<T> sums[kRows][kVectors];
@@ -157,7 +159,7 @@ void multiply_tile(LeftOperand<F> a, const SumOf<F>* panel, int64_t words, SumOf
     Vec<T> b[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) b[v] = load_as<Vec<T>>(panel + v * kWidth);
-    panel += kVectors * kWidth;
+    panel += panel_width;
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
       const F* place = kTransposed ? packed + row * kInWord
@@ -210,7 +212,7 @@ void multiply_row(const F* a, const SumOf<F>* panels, int64_t panel_words, int64
 template <class F, bool kTransposed>
 struct TileKernels {
   using T = SumOf<F>;
-  using Kernel = void (*)(LeftOperand<F>, const T*, int64_t, T*, int64_t, Into);
+  using Kernel = void (*)(LeftOperand<F>, const T*, int64_t, int64_t, T*, int64_t, Into);
   static constexpr int kMost = Tiling<T>::kTileRows;
   Kernel by_rows[2][kMost + 1] = {};
 
@@ -231,17 +233,18 @@ HOST_DEVICE int64_t tile_height(int64_t rows, int64_t most) {
   return tiles == 0 ? most : (rows + tiles - 1) / tiles;
 }
 
-// A part of the depth of packed columns: words [first, first + words) of panels of `panel_words`.
+// What is taken of packed columns: words [first, first + words) of panels of `panel_words`.
 struct Depth {
   int64_t panel_words, first, words;
 };
 
-// C[rows, columns] with whole vectors: c must have room for padded_columns(columns).
+// C[rows, columns] with whole vectors: c must have room for padded_columns(columns). There may be
+// more packed columns; how many they are says how wide the last panel is.
 template <class F>
-void multiply(LeftOperand<F> a, int64_t rows, const SumOf<F>* panels, int64_t columns, Depth depth,
-              SumOf<F>* c, int64_t c_stride, Into into) {
+void multiply(LeftOperand<F> a, int64_t rows, const SumOf<F>* panels, int64_t packed_columns,
+              int64_t columns, Depth depth, SumOf<F>* c, int64_t c_stride, Into into) {
   using T = SumOf<F>;
-  constexpr int kPanel = Tiling<T>::kPanel;
+  constexpr int kPanel = Tiling<T>::kPanel, kWidth = Tiling<T>::kWidth;
   const int64_t words = depth.words, height = tile_height(rows, Tiling<T>::kTileRows);
   int64_t column = 0;
   for (; rows == 1 && column + kRowPanels * kPanel <= columns; column += kRowPanels * kPanel) {
@@ -249,14 +252,14 @@ void multiply(LeftOperand<F> a, int64_t rows, const SumOf<F>* panels, int64_t co
                     depth.panel_words, words, c + column, into);
   }
   for (; column < columns; column += kPanel) {
-    const int vectors = columns - column > Tiling<T>::kWidth ? 2 : 1;
-    const T* panel =
-        panels + depth.panel_words * column + depth.first * vectors * Tiling<T>::kWidth;
+    const int vectors = columns - column > kWidth ? 2 : 1;
+    const int64_t width = packed_columns - column > kWidth ? kPanel : kWidth;
+    const T* panel = panels + depth.panel_words * column + depth.first * width;
     for (int64_t row = 0; row < rows; row += height) {
       const int64_t count = rows - row < height ? rows - row : height;
       kTileKernels<F, false>.by_rows[vectors - 1][count](
-          {a.rows + row * a.row_stride, a.row_stride}, panel, words, c + row * c_stride + column,
-          c_stride, into);
+          {a.rows + row * a.row_stride, a.row_stride}, panel, width, words,
+          c + row * c_stride + column, c_stride, into);
     }
   }
 }
@@ -266,7 +269,7 @@ template <class F>
 void multiply(LeftOperand<F> a, int64_t rows, const SumOf<F>* panels, int64_t columns,
               int64_t depth, SumOf<F>* c, int64_t c_stride, Into into) {
   const int64_t words = words_of<F>(depth);
-  multiply<F>(a, rows, panels, columns, Depth{words, 0, words}, c, c_stride, into);
+  multiply<F>(a, rows, panels, columns, columns, Depth{words, 0, words}, c, c_stride, into);
 }
 
 // The rows of B [depth, ...] that make its word k; row_of(i) is where row i begins. Rows are asked
@@ -287,11 +290,12 @@ HOST_DEVICE int64_t transposed_scratch(int64_t depth) {
 }
 
 // C[rows, columns] (+)= A^T * B where A [depth, rows] is stored by its rows, `stride` apart and
-// readable for a vector beyond `rows`.
-template <class F>
+// readable for a vector beyond `rows`. words_for(row, count) says which words of the depth are of
+// interest to a tile of rows: elsewhere A is zero.
+template <class F, class WordsFor>
 void multiply_transposed(const F* a, int64_t stride, int64_t rows, const SumOf<F>* panels,
                          int64_t columns, int64_t depth, SumOf<F>* c, int64_t c_stride, Into into,
-                         F* scratch) {
+                         F* scratch, const WordsFor& words_for) {
   using T = SumOf<F>;
   constexpr int kPanel = Tiling<T>::kPanel, kInWord = Factors<F>::kInWord;
   const int64_t words = words_of<F>(depth);
@@ -301,8 +305,9 @@ void multiply_transposed(const F* a, int64_t stride, int64_t rows, const SumOf<F
     const int64_t height = tile_height(block_rows, Tiling<T>::kTileRows);
     for (int64_t row = 0; row < block_rows; row += height) {
       const int64_t count = block_rows - row < height ? block_rows - row : height;
-      F* target = scratch + words * row * kInWord;
-      for (int64_t k = 0; k < words; ++k, target += count * kInWord) {
+      const Range span = words_for(block + row, count);
+      F* target = scratch + (words * row + span.begin * count) * kInWord;
+      for (int64_t k = span.begin; k < span.end; ++k, target += count * kInWord) {
         const F* source[kInWord];
         rows_of_word<F>([=](int64_t i) { return a + i * stride; }, k, depth, source);
         // What a vector writes beyond the tile's rows, the next word or tile overwrites.
@@ -314,14 +319,27 @@ void multiply_transposed(const F* a, int64_t stride, int64_t rows, const SumOf<F
     }
     for (int64_t column = 0; column < columns; column += kPanel) {
       const int vectors = columns - column > Tiling<T>::kWidth ? 2 : 1;
+      const int64_t width = vectors * Tiling<T>::kWidth;
       for (int64_t row = 0; row < block_rows; row += height) {
         const int64_t count = block_rows - row < height ? block_rows - row : height;
+        const Range span = words_for(block + row, count);
         kTileKernels<F, true>.by_rows[vectors - 1][count](
-            {scratch + words * row * kInWord, 1}, panels + words * column, words,
+            {scratch + (words * row + span.begin * count) * kInWord, 1},
+            panels + words * column + span.begin * width, width, span.end - span.begin,
             c + (block + row) * c_stride + column, c_stride, into);
       }
     }
   }
+}
+
+// Over all of the depth.
+template <class F>
+void multiply_transposed(const F* a, int64_t stride, int64_t rows, const SumOf<F>* panels,
+                         int64_t columns, int64_t depth, SumOf<F>* c, int64_t c_stride, Into into,
+                         F* scratch) {
+  const int64_t words = words_of<F>(depth);
+  multiply_transposed<F>(a, stride, rows, panels, columns, depth, c, c_stride, into, scratch,
+                         [=](int64_t, int64_t) { return Range{0, words}; });
 }
 
 // Packs columns [begin, end) of B [depth, columns], begin at a panel's edge. row_of(k) is where B's

@@ -99,8 +99,8 @@ double fma_rate(int threads) {
     const auto start = std::chrono::steady_clock::now();
     for (int i = 0; i < kRepeats; ++i) {
       asm volatile("" : : "r"(a), "r"(panel), "r"(c) : "memory");  // they may have changed
-      multiply_tile<float, kRows, 2, true>({a, 1}, panel, kDepth, c, Tiling<float>::kPanel,
-                                           Into::kAdd);
+      multiply_tile<float, kRows, 2, true>({a, 1}, panel, Tiling<float>::kPanel, kDepth, c,
+                                           Tiling<float>::kPanel, Into::kAdd);
     }
     mine.barrier.wait(size);
     const auto end = std::chrono::steady_clock::now();

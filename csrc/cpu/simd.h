@@ -349,23 +349,25 @@ HOST_DEVICE T unless_zero(T gate, T value, T otherwise) {
 }
 
 // All lanes in one, by halves.
-template <class T, class Join>
-HOST_DEVICE T joined_lanes(Vec<T> vector, const Join& join) {
-#pragma GCC unroll 4
-  for (int half = Vec<T>::kWidth / 2; half > 0; half /= 2) {
-    typename Vec<T>::Mask others;
-    for (int i = 0; i < Vec<T>::kWidth; ++i) others[i] = i ^ half;
-    vector = join(vector, Vec<T>{__builtin_shuffle(vector.value, others)});
+template <class T, int kLanes, class Native, class Join>
+HOST_DEVICE T joined_lanes(const Native& lanes, const Join& join) {
+  if constexpr (kLanes == 1) {
+    return lanes[0];
+  } else {
+    typedef T Half __attribute__((vector_size(kLanes / 2 * sizeof(T))));
+    Half halves[2];
+    memcpy(halves, &lanes, sizeof halves);
+    return joined_lanes<T, kLanes / 2>(join(halves[0], halves[1]), join);
   }
-  return vector.value[0];
 }
 template <class T>
 HOST_DEVICE T sum_of_lanes(Vec<T> vector) {
-  return joined_lanes(vector, [](Vec<T> a, Vec<T> b) { return a + b; });
+  return joined_lanes<T, Vec<T>::kWidth>(vector.value, [](auto a, auto b) { return a + b; });
 }
 template <class T>
 HOST_DEVICE T largest_lane(Vec<T> vector) {
-  return joined_lanes(vector, [](Vec<T> a, Vec<T> b) { return at_least(a, b); });
+  return joined_lanes<T, Vec<T>::kWidth>(vector.value,
+                                         [](auto a, auto b) { return b > a ? b : a; });
 }
 
 // Calls body(i, V()) for all i in [0, n): with V a vector while one fits, then with V = T.
