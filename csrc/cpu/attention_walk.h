@@ -39,15 +39,14 @@ struct WideLanes {
 inline void random_row(uint64_t seed, int64_t head, int64_t row, int64_t begin, int64_t end,
                        uint32_t* words) {
   using Word = WideLanes::Word;
+  Word numbers;
+  for (int i = 0; i < WideLanes::kWidth; ++i) numbers[i] = i;
   for (int64_t group = begin / kRandomGroup; group < end / kRandomGroup; ++group) {
     uint32_t* target = words + group * kRandomGroup - begin;
     for (int lane = 0; lane < kRandomLanes; lane += WideLanes::kWidth) {
-      Word lanes{};
-      for (int i = 0; i < WideLanes::kWidth; ++i) {
-        lanes[i] = static_cast<uint32_t>(group * kRandomLanes + lane + i);
-      }
-      Word counter[4] = {lanes, Word{} + static_cast<uint32_t>(row),
-                         Word{} + static_cast<uint32_t>(head), Word{}};
+      Word counter[4] = {(numbers + (group * kRandomLanes + lane)) & 0xFFFFFFFFu,
+                         Word{} + static_cast<uint32_t>(row), Word{} + static_cast<uint32_t>(head),
+                         Word{}};
       philox<WideLanes>(counter, seed);
       for (int i = 0; i < 4; ++i) {
         const WideLanes::Narrow narrow = __builtin_convertvector(counter[i], WideLanes::Narrow);

@@ -181,8 +181,8 @@ class LstmRequest:
 class AttentionRequest:
     """May a backend run this attention, forward and backward?
 
-    Query ``i`` stands at key ``i``, or from the bottom right at key ``i + keys - queries``, and sees
-    the keys from ``left`` before to ``right`` behind its place.
+    Query ``i`` stands at key ``i``, or from the bottom right at key ``i + keys - queries``, and
+    sees the keys from ``left`` before to ``right`` behind its place.
 
     Attributes:
         query: ``[batch, heads, queries, features]``.

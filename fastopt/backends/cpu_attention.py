@@ -101,16 +101,18 @@ def _layer(request: AttentionRequest) -> _native_cpu.AttentionTensors:
     query, key = request.query, request.key
     allowed, slopes, seed = request.allowed, request.slopes, request.seed
     sinks = request.sinks
-    others = (request.query_starts, request.key_starts, request.used_keys)
+    starts, key_starts, used = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (request.query_starts, request.key_starts, request.used_keys)
+    )
     return _native_cpu.AttentionTensors(
         _contiguous_features(query), _contiguous_features(key), _contiguous_features(request.value),
         _expanded(request.bias, query, key),
         _expanded(None if allowed is None else allowed.view(torch.uint8), query, key),
         None if slopes is None else slopes.float().contiguous(),
         None if sinks is None else sinks.to(compute_dtype(query.dtype)).contiguous(),
-        *[None if tensor is None else tensor.contiguous() for tensor in others],
-        request.scale, request.softcap, request.left, request.right, request.bottom_right,
-        request.dropout, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
+        starts, key_starts, used, request.scale, request.softcap, request.left, request.right,
+        request.bottom_right, request.dropout, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -297,7 +298,7 @@ def _sequences(request: AttentionRequest) -> Iterator[AttentionRequest]:
     starts, key_starts, used = request.query_starts, request.key_starts, request.used_keys
     count = request.query.size(0) if starts is None else len(starts) - 1
     for number in range(count):
-        parts = {}
+        parts: dict[str, Any] = {}
         for name in ("query", "key", "value"):
             tensor: Tensor = getattr(request, name)
             where = starts if name == "query" else key_starts
@@ -342,12 +343,15 @@ def _reference_attention(request: AttentionRequest, first_head: int) -> tuple[Te
     if request.right >= 0:
         seen = seen & (distance <= request.right)
     scores = scores.masked_fill(~seen, -torch.inf)
-    logsumexp = scores.logsumexp(-1)
+    everything = scores
     if request.sinks is not None:
-        logsumexp = torch.logaddexp(logsumexp, request.sinks.to(wide)[:, None])
-    weights = torch.exp(scores - logsumexp[..., None])
-    # A row that sees no key is zeros.
-    weights = torch.where(logsumexp[..., None] == -torch.inf, 0, weights)
+        column = request.sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
+        everything = torch.cat([scores, column], -1)
+    # A row that sees no key is zeros, and so are its gradients.
+    unseen = (everything == -torch.inf).all(-1, keepdim=True)
+    finite = everything.masked_fill(unseen, 0).logsumexp(-1, keepdim=True)
+    weights = torch.exp(scores - finite)
+    logsumexp = finite.masked_fill(unseen, -torch.inf).squeeze(-1)
     if request.dropout:
         weights = weights * dropout_factors(request, first_head)
     output = (weights @ value).to(request.query.dtype)
@@ -364,7 +368,7 @@ def dropout_factors(request: AttentionRequest, first_head: int = 0) -> Tensor:
     assert request.seed is not None
     batch, heads, rows = request.query.shape[:3]
     columns = request.key.size(2)
-    words = torch.empty((batch * heads, rows, -(-columns // 64) * 64), dtype=torch.int32)
+    words = torch.empty((batch * heads, rows, max(-(-columns // 64), 1) * 64), dtype=torch.int32)
     for head, own in enumerate(words):
         _native_cpu.attention_random_words(int(request.seed), first_head + head, own)
     kept = (words.long() & 0xFFFFFFFF) >= int(request.dropout * 2**32)

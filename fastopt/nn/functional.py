@@ -29,8 +29,8 @@ def scaled_dot_product_attention(
     """The twin of ``torch.nn.functional.scaled_dot_product_attention``.
 
     Where the kernels do not take the tensors, torch runs, and raises what it raises. Dropout is
-    drawn from torch's generator once per call; its pattern is not torch's. Jagged nested tensors run
-    in the kernels too.
+    drawn from torch's generator once per call; its pattern is not torch's. Jagged nested tensors
+    run in the kernels too.
 
     Args:
         query: ``[..., heads, queries, features]``.
@@ -49,19 +49,17 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: As torch.
     """
-    if (
-        query.is_nested
-        and (result := _nested(query, key, value, attn_mask, dropout_p, is_causal, scale))
-        is not None
-    ):
-        return result
-    request = None
-    if _fits(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+    result = None
+    if query.is_nested or key.is_nested or value.is_nested:
+        output = _nested(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        if output is not None:
+            return output
+    elif _fits(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         request = _request(
             query, key, value, attn_mask, scale,
             dropout=float(dropout_p), right=0 if is_causal else -1,
         )  # fmt: skip
-    result = None if request is None else run_attention(request)
+        result = run_attention(request)
     if result is None:
         return torch_functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -116,8 +114,8 @@ def attention(
         cu_seqlens_k: The same for the keys; ``cu_seqlens_q`` by default.
         max_seqlen_q: The length of the longest sequence of queries, found out where not given.
         max_seqlen_k: The same for the keys.
-        cache_seqlens: How many keys there are, of all or, ``[batch]``, of each sequence: a cache has
-            room for more. Queries are the last ones: their own keys are counted.
+        cache_seqlens: How many keys there are, of all sequences or ``[batch]``: a cache has room
+            for more. Queries are the last ones: their own keys are counted.
         return_lse: Return logsumexp of the scores too, which has no gradient.
         backend: ``auto``, ``cpu``, ``torch`` or ``reference``.
 
@@ -307,27 +305,27 @@ def _nested(
     scale: float | None,
 ) -> Tensor | None:
     """Of jagged tensors ``[batch, heads, ragged, features]``; None: that is torch's."""
-    inputs = query, key, value
-    if mask is not None or not 0 <= dropout < 1 or not all(map(_is_jagged, inputs)):
+    if mask is not None or not 0 <= dropout < 1:
         return None
-    if query.size(1) != key.size(1):
+    if not all(map(_is_jagged, (query, key, value))) or query.size(1) != key.size(1):
         return None
+    nested: Any = query, key  # torch types what nested tensors add nowhere
+    starts, key_starts = (tensor.offsets() for tensor in nested)
+    q, k, v = (tensor.values().unsqueeze(0) for tensor in (query, key, value))
     request = _request(
-        *(tensor.values().unsqueeze(0) for tensor in inputs), None, scale,  # type: ignore[arg-type]
-        query_starts=query.offsets().to(torch.int32), key_starts=key.offsets().to(torch.int32),
-        dropout=float(dropout), right=0 if is_causal else -1,
+        q, k, v, None, scale, query_starts=starts.to(torch.int32),
+        key_starts=key_starts.to(torch.int32), dropout=float(dropout),
+        right=0 if is_causal else -1,
     )  # fmt: skip
     result = run_attention(request)
     if result is None:
         return None
-    return torch.nested.nested_tensor_from_jagged(
-        result[0].squeeze(0), query.offsets(), jagged_dim=2
-    )
+    return torch.nested.nested_tensor_from_jagged(result[0].squeeze(0), starts, jagged_dim=2)
 
 
-def _is_jagged(tensor: Tensor) -> bool:
+def _is_jagged(tensor: Any) -> bool:
     """Whether its sequences lie behind each other without a gap, heads before them."""
-    return (
+    return bool(
         tensor.is_nested
         and tensor.layout is torch.jagged
         and tensor.dim() == 4
