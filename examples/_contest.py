@@ -31,19 +31,19 @@ class CheckpointError(Exception):
 
 
 class Batch(NamedTuple):
-    inputs: Tensor  # padded; what the model takes
-    targets: Tensor  # [batch], int64
+    inputs: Tensor  # what the model takes
+    targets: Tensor  # int64, one for each row of logits that it gives
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What one contender changes: optimizer, its flags, what surrounds it, recurrent layer."""
+    """What one contender changes: optimizer, its flags, what surrounds it, a part of the model."""
 
     name: str
     optimizer: Callable[..., Optimizer]
     flags: dict[str, Any] = field(default_factory=dict)
     tail: Callable[..., Tail] = StockTail
-    lstm: Callable[..., nn.Module] = nn.LSTM
+    part: Callable[..., Any] = nn.LSTM  # the model's recurrent layer, or its attention
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,17 @@ def warmup_then_cosine(warmup: float, steps: int) -> Callable[[int], float]:
     return factor
 
 
+@torch.no_grad()
 def cross_entropy_of(model: nn.Module, batches: Sequence[Batch]) -> float:
-    logits, targets = predict(model, batches)
-    return nn.functional.cross_entropy(logits, targets).item()
+    model.eval()
+    total = sum(
+        nn.functional.cross_entropy(
+            model(batch.inputs).flatten(0, -2), batch.targets.flatten(), reduction="sum"
+        ).item()
+        for batch in batches
+    )
+    model.train()
+    return total / sum(batch.targets.numel() for batch in batches)
 
 
 @torch.no_grad()
@@ -183,43 +191,73 @@ def predict(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]
     return logits, torch.cat([batch.targets for batch in batches])
 
 
-def run_contest(
-    trainees: Sequence[Trainee],
-    epoch_batches: Callable[[int], list[Batch]],
-    validation: Sequence[Batch],
-    recipe: Recipe,
-    after_epoch: Callable[[], None],
-) -> None:
-    """Trains every contender in turns, so that a slow minute of the machine slows all of them."""
-    done = max(len(trainee.record.epoch_ends) for trainee in trainees)
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None, loss=math.nan, speed=0.0)
-        for epoch in range(done, recipe.epochs):
-            running = [trainee for trainee in trainees if not trainee.stopped]
-            if not running:
-                break
-            batches = epoch_batches(epoch)
-            progress.reset(task, total=len(batches) * len(running))
-            progress.update(task, description=f"epoch {epoch + 1}/{recipe.epochs}")
-            for turn, chunk in enumerate(chunks(batches, TURN)):
-                first = turn % len(running)  # nobody always follows the same neighbour
-                for trainee in running[first:] + running[:first]:
-                    take_turn(trainee, chunk, progress, task)
-            for trainee in running:
-                trainee.end_epoch(validation)
-            after_epoch()
+@dataclass(frozen=True)
+class Contest:
+    """What the contenders compete in.
+
+    Attributes:
+        recipe: How each of them trains.
+        make_model: A contender's model, after torch's seed has been set.
+        batches_of: The batches of an epoch, as many in each.
+        validation: What is evaluated after an epoch.
+        origin: All that a checkpoint must have been made with.
+        unit: What a target is, in the plural.
+    """
+
+    recipe: Recipe
+    make_model: Callable[[Contender], nn.Module]
+    batches_of: Callable[[int], list[Batch]]
+    validation: Sequence[Batch]
+    origin: dict[str, Any]
+    unit: str = "examples"
+
+    def run(
+        self, contenders: Sequence[Contender], checkpoint: Path | None, resume: bool
+    ) -> dict[str, Trainee]:
+        """Trains all of them, and writes the checkpoint after each epoch."""
+        steps = self.recipe.epochs * len(self.batches_of(0))
+        trainees = []
+        for contender in contenders:
+            torch.manual_seed(self.recipe.seed)
+            trainees.append(Trainee(contender, self.make_model(contender), self.recipe, steps))
+        origin = self.origin | {"contenders": [contender.name for contender in contenders]}
+        if checkpoint and resume:
+            load_checkpoint(checkpoint, trainees, origin)
+        done = max(len(trainee.record.epoch_ends) for trainee in trainees)
+        with progress_bar(self.unit) as progress:
+            task = progress.add_task("", total=None, loss=math.nan, speed=0.0)
+            for epoch in range(done, self.recipe.epochs):
+                running = [trainee for trainee in trainees if not trainee.stopped]
+                if not running:
+                    break
+                progress.update(task, description=f"epoch {epoch + 1}/{self.recipe.epochs}")
+                self._run_epoch(running, self.batches_of(epoch), progress, task)
+                if checkpoint:
+                    save_checkpoint(checkpoint, trainees, origin)
+        return {trainee.name: trainee for trainee in trainees}
+
+    def _run_epoch(
+        self, running: list[Trainee], batches: list[Batch], progress: Progress, task: TaskID
+    ) -> None:
+        """In turns, so that a slow minute of the machine slows all of them."""
+        progress.reset(task, total=len(batches) * len(running))
+        for turn, chunk in enumerate(chunks(batches, TURN)):
+            first = turn % len(running)  # nobody always follows the same neighbour
+            for trainee in running[first:] + running[:first]:
+                take_turn(trainee, chunk, progress, task)
+        for trainee in running:
+            trainee.end_epoch(self.validation)
 
 
 def take_turn(trainee: Trainee, chunk: list[Batch], progress: Progress, task: TaskID) -> None:
     for batch in chunk:
         trainee.train_on(batch)
     record = trainee.record
-    examples = sum(len(batch.targets) for batch in chunk)
     progress.update(
         task,
         advance=len(chunk),
         loss=fmean(record.losses[-len(chunk) :]),
-        speed=examples / sum(record.step_seconds[-len(chunk) :]),
+        speed=sum(b.targets.numel() for b in chunk) / sum(record.step_seconds[-len(chunk) :]),
     )
 
 
@@ -229,11 +267,11 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def progress_bar() -> Progress:
+def progress_bar(unit: str) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} examples/s"),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} " + unit + "/s"),
         TimeRemainingColumn(),
     )
 

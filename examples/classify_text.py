@@ -11,7 +11,6 @@ write it, stock at its best, fastopt's Adam, fastopt's LSTM and both see the sam
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,21 +21,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from _contest import (
-    Batch,
-    CheckpointError,
-    Contender,
-    Recipe,
-    Trainee,
-    chunks,
-    load_checkpoint,
-    predict,
-    run_contest,
-    save_checkpoint,
-)
+from _command import make_parser, parse, run_command, settings_of
+from _contest import Batch, Contender, Contest, Recipe, Trainee, chunks, predict
 from _corpus import (
     Corpus,
-    DataError,
     Example,
     Split,
     label_names,
@@ -62,8 +50,8 @@ CONTENDERS = (
     Contender("stock", torch.optim.Adam),
     Contender("stock, fused", torch.optim.Adam, {"fused": True}),
     Contender("fastopt optimizer", optim.Adam, tail=FusedTail),
-    Contender("fastopt LSTM", torch.optim.Adam, {"fused": True}, lstm=fast_nn.LSTM),
-    Contender("fastopt", optim.Adam, tail=FusedTail, lstm=fast_nn.LSTM),
+    Contender("fastopt LSTM", torch.optim.Adam, {"fused": True}, part=fast_nn.LSTM),
+    Contender("fastopt", optim.Adam, tail=FusedTail, part=fast_nn.LSTM),
 )
 STOCK = ("stock", "stock, fused")
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
@@ -300,35 +288,16 @@ def prepare(parts: Split, settings: Settings) -> Task:
     return Task(labels, tokenizer, rarity, train, validation, test)
 
 
-def enroll(contender: Contender, task: Task, settings: Settings) -> Trainee:
-    torch.manual_seed(settings.recipe.seed)
-    model = TextClassifier(settings, task.rarity, len(task.labels), contender.lstm)
-    steps_per_epoch = math.ceil(len(task.train.texts) / settings.batch_size)
-    return Trainee(contender, model, settings.recipe, settings.recipe.epochs * steps_per_epoch)
-
-
-def train_all(
-    task: Task, settings: Settings, checkpoint: Path | None, resume: bool
-) -> dict[str, Trainee]:
-    trainees = [enroll(contender, task, settings) for contender in CONTENDERS]
-    origin = asdict(settings) | {
-        "contenders": [contender.name for contender in CONTENDERS],
-        "labels": task.labels,
-        "tokenizer": task.tokenizer.to_str(),
-    }
-    if checkpoint and resume:
-        load_checkpoint(checkpoint, trainees, origin)
+def contest_of(task: Task, settings: Settings) -> Contest:
+    def make_model(contender: Contender) -> TextClassifier:
+        return TextClassifier(settings, task.rarity, len(task.labels), contender.part)
 
     def batches_of(epoch: int) -> list[Batch]:
         return task.train.shuffled(settings.batch_size, (settings.recipe.seed, epoch))
 
-    def save() -> None:
-        if checkpoint:
-            save_checkpoint(checkpoint, trainees, origin)
-
     validation = task.validation.ordered(EVALUATION_BATCH)
-    run_contest(trainees, batches_of, validation, settings.recipe, after_epoch=save)
-    return {trainee.name: trainee for trainee in trainees}
+    origin = asdict(settings) | {"labels": task.labels, "tokenizer": task.tokenizer.to_str()}
+    return Contest(settings.recipe, make_model, batches_of, validation, origin)
 
 
 def predicted_targets(trainee: Trainee, texts: EncodedTexts) -> NDArray[np.int64]:
@@ -351,30 +320,9 @@ def baseline_targets(parts: Split, labels: list[str]) -> NDArray[np.int64]:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="a real run, less than half an hour")
-    size.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser = make_parser(__doc__, Path("build/classify_text.png"))
     parser.add_argument("--data", type=Path, metavar="CSV", help="UTF-8, columns text and label")
-    parser.add_argument("--epochs", type=int, help="instead of the number that the size implies")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, default=Path("build/classify_text.png"))
-    parser.add_argument("--checkpoint", type=Path, help="written after every epoch")
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
-    options = parser.parse_args(arguments)
-    if options.resume and not (options.checkpoint and options.checkpoint.is_file()):
-        parser.error("--resume needs --checkpoint with an existing file")
-    if options.epochs is not None and options.epochs < 1:
-        parser.error(f"--epochs must be >= 1, got {options.epochs}")
-    return options
-
-
-def settings_of(options: argparse.Namespace) -> Settings:
-    settings = FULL if options.full else SMOKE if options.smoke else DEFAULT
-    epochs = options.epochs or settings.recipe.epochs
-    return replace(settings, recipe=replace(settings.recipe, seed=options.seed, epochs=epochs))
+    return parse(parser, arguments)
 
 
 def load(path: Path | None, settings: Settings) -> Corpus:
@@ -384,13 +332,14 @@ def load(path: Path | None, settings: Settings) -> Corpus:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     start = perf_counter()
-    settings = settings_of(options)
+    settings = settings_of(options, DEFAULT, FULL, SMOKE)
     corpus = load(options.data, settings)
     parts = split(corpus.examples, options.seed)
     console.print(corpus_table(corpus, parts))
 
     task = prepare(parts, settings)
-    trainees = train_all(task, settings, options.checkpoint, options.resume)
+    contest = contest_of(task, settings)
+    trainees = contest.run(CONTENDERS, options.checkpoint, options.resume)
     records = {name: trainee.record for name, trainee in trainees.items()}
     console.print(timing_table(records, STOCK), parity_table(records))
 
@@ -406,16 +355,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120  # a log file need not wrap the tables at 80 columns
-    try:
-        run(options, console)
-    except (DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(run, parse_arguments(arguments))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,27 +19,24 @@ def refuse_attention(request: AttentionRequest) -> str | None:
     dtype = request.query.dtype
     if dtype not in REAL_DTYPES:
         return f"no kernel has the dtype {dtype}"
-    named = {"key": request.key, "value": request.value, "attn_mask": request.bias}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.dtype is not dtype:
-            return f"{name} has dtype {tensor.dtype}, query {dtype}"
-    if not torch.compiler.is_compiling():
-        named |= {
-            "query": request.query,
-            "alibi_slopes": request.slopes,
-            "learnable_sink": request.sinks,
-        }
-        for name, tensor in named.items():
-            if tensor is not None and (reason := not_plain(name, tensor, "cpu")):
-                return reason
-        others = {
-            "attn_mask": (request.allowed, torch.bool),
-            "cu_seqlens_q": (request.query_starts, torch.int32),
-            "cu_seqlens_k": (request.key_starts, torch.int32),
-            "cache_seqlens": (request.used_keys, torch.int32),
-        }
-        for name, (tensor, wanted) in others.items():
-            if tensor is not None and (reason := not_plain(name, tensor, "cpu", (wanted,))):
+    named = (
+        ("query", request.query, dtype),
+        ("key", request.key, dtype),
+        ("value", request.value, dtype),
+        ("attn_mask", request.bias, dtype),
+        ("attn_mask", request.allowed, torch.bool),
+        ("alibi_slopes", request.slopes, None),
+        ("learnable_sink", request.sinks, None),
+        ("cu_seqlens_q", request.query_starts, torch.int32),
+        ("cu_seqlens_k", request.key_starts, torch.int32),
+        ("cache_seqlens", request.used_keys, torch.int32),
+    )
+    for name, tensor, wanted in named:
+        if tensor is not None and wanted is not None and tensor.dtype is not wanted:
+            return f"{name} has dtype {tensor.dtype} beside queries of {dtype}"
+    if not (torch.compiler.is_compiling() or _native_cpu.are_plain([t for _, t, _ in named])):
+        for name, tensor, _ in named:
+            if tensor is not None and (reason := not_plain(name, tensor, "cpu", (tensor.dtype,))):
                 return reason
     return _refuse_sizes(request)
 
@@ -112,13 +107,13 @@ def _layer(request: AttentionRequest) -> _native_cpu.AttentionTensors:
         None if slopes is None else slopes.float().contiguous(),
         None if sinks is None else sinks.to(compute_dtype(query.dtype)).contiguous(),
         starts, key_starts, used, request.scale, request.softcap, request.left, request.right,
-        request.bottom_right, request.dropout, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
+        request.bottom_right, request.dropout,
+        0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
     )  # fmt: skip
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp; see ``fastopt/ops/attention.py``."""
-    request = AttentionRequest(*arguments)
+def run_forward(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp."""
     output = empty_output(request.query, request.value)
     logsumexp = torch.empty(request.query.shape[:3], dtype=compute_dtype(output.dtype))
     threads = torch.get_num_threads()
@@ -126,16 +121,15 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return output, logsumexp
 
 
-def backward(
+def run_backward(
+    request: AttentionRequest,
     output_gradient: Tensor,
     output: Tensor,
     logsumexp: Tensor,
     bias_wanted: bool,
     sinks_wanted: bool,
-    *arguments: Any,
 ) -> list[Tensor]:
     """Gradients of query, key and value, and of the bias and the sinks where they are wanted."""
-    request = AttentionRequest(*arguments)
     query, key, bias, sinks = request.query, request.key, request.bias, request.sinks
     precise = compute_dtype(query.dtype)
     gradients = [empty_gradient(tensor) for tensor in (query, key, request.value)]

@@ -30,8 +30,16 @@ LIBRARY.define(
     "attention_backward(Tensor output_gradient, Tensor output, Tensor logsumexp, bool bias_wanted, "
     f"bool sinks_wanted, {_ARGUMENTS}) -> Tensor[]"
 )
-torch.library.impl(LIBRARY, "attention", "CPU")(cpu_attention.forward)
-torch.library.impl(LIBRARY, "attention_backward", "CPU")(cpu_attention.backward)
+torch.library.impl(LIBRARY, "attention", "CPU")(
+    lambda *arguments: cpu_attention.run_forward(AttentionRequest(*arguments))
+)
+torch.library.impl(LIBRARY, "attention_backward", "CPU")(
+    lambda gradient, output, logsumexp, bias_wanted, sinks_wanted, *arguments: (
+        cpu_attention.run_backward(
+            AttentionRequest(*arguments), gradient, output, logsumexp, bias_wanted, sinks_wanted
+        )
+    )
+)
 
 
 @torch.library.register_fake("fastopt::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]
@@ -132,5 +140,19 @@ def attention(
         request = with_seed(request)
     if chosen == "reference":
         return reference_attention(request)
-    output, logsumexp = torch.ops.fastopt.attention(*[getattr(request, name) for name in _NAMES])
+    if _nobody_watches(request):
+        return cpu_attention.run_forward(request)
+    output, logsumexp = torch.ops.fastopt.attention(*[getattr(request, n) for n in _NAMES])
     return output, logsumexp
+
+
+def _nobody_watches(request: AttentionRequest) -> bool:
+    """Neither autograd nor a mode nor the profiler: a short call need not pay for the operator."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.autograd._profiler_enabled():
+        return False
+    leaves = request.query, request.key, request.value, request.bias, request.sinks
+    return not torch.is_grad_enabled() or not any(
+        tensor is not None and tensor.requires_grad for tensor in leaves
+    )
