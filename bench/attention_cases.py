@@ -58,10 +58,18 @@ def _both(
 
     def case(mode: Mode, ratio: float) -> AttentionCase:
         return AttentionCase(
-            f"{name}, {mode}", *shape, mode=mode, bars=(Bar(BEST_OF_STOCK, ratio),), **more
-        )
+            f"{name}, {mode}", *shape, mode=mode, bars=(Bar(BEST_OF_STOCK, ratio),),
+            compiled=True, **more,
+        )  # fmt: skip
 
     return case("inference", bars[0]), case("training", bars[1])
+
+
+def _long_dropout(length: int) -> AttentionCase:
+    """Stock makes a table of the scores here: what is of interest is the memory."""
+    return AttentionCase(
+        f"SDPA 1x2x{length}x64, dropout, training", 1, 2, length, 64, extra="dropout", rounds=3
+    )
 
 
 _short: dict[str, Any] = {"rounds": 40}
@@ -83,5 +91,7 @@ ATTENTION_CASES = (
         mode="inference",
         queries=1,
         bars=(Bar(BEST_OF_STOCK, 1.3),),
+        compiled=True,
     ),
+    *(_long_dropout(length) for length in (2048, 4096, 8192)),
 )

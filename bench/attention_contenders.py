@@ -1,4 +1,4 @@
-"""Everyone who takes part in an attention's case: ours, and stock in all its forms."""
+"""Everyone who takes part in an attention's case: ours, stock in all its forms, FlexAttention."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as stock
 
 import fastopt
@@ -18,6 +19,7 @@ from bench.timing import OURS, Contender
 
 # "The best of stock" is sought among these.
 STOCK = ("torch default",)
+PEERS = ("torch compiled", "FlexAttention")
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,41 @@ def make_problem(case: AttentionCase, dtype: torch.dtype | None = None) -> Probl
 
 def attention_contenders(case: AttentionCase) -> dict[str, Contender]:
     """A call for everyone."""
-    ours = fastopt.nn.functional.scaled_dot_product_attention
-    return {
-        OURS: _contender(case, make_problem(case), ours),
-        "torch default": _contender(case, make_problem(case), stock),
+    functions: dict[str, Callable[..., Tensor]] = {
+        OURS: fastopt.nn.functional.scaled_dot_product_attention,
+        "torch default": stock,
     }
+    if case.compiled:
+        torch._dynamo.config.recompile_limit = 64  # each case is one more
+        functions["torch compiled"] = torch.compile(stock, dynamic=False)
+        if case.mode == "inference" and case.extra != "dropout":  # all that it does on a CPU
+            functions["FlexAttention"] = _flex_attention(case)
+    return {
+        name: _contender(case, make_problem(case), function) for name, function in functions.items()
+    }
+
+
+def _flex_attention(case: AttentionCase) -> Callable[..., Tensor]:
+    """With the signature of ``scaled_dot_product_attention``."""
+    compiled = torch.compile(flex_attention, dynamic=False)
+    mask = None
+    if case.causal:
+        mask = create_block_mask(
+            lambda batch, head, query, key: query >= key, None, None, case.rows, case.length,
+            device="cpu",
+        )  # fmt: skip
+
+    def call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
+        def biased(score: Tensor, batch: Any, head: Any, row: Any, column: Any) -> Tensor:
+            assert bias is not None
+            return score + bias[head, row, column]
+
+        score_mod = None if bias is None else biased
+        output = compiled(query, key, value, score_mod=score_mod, block_mask=mask)
+        assert isinstance(output, Tensor)
+        return output
+
+    return call
 
 
 def _output(case: AttentionCase, problem: Problem, function: Callable[..., Tensor]) -> Tensor:
@@ -90,8 +122,9 @@ PARITY = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 def clipped(case: AttentionCase) -> AttentionCase:
     """The case with fewer heads, queries and keys."""
     return dataclasses.replace(
-        case, batch=min(case.batch, 2), heads=2, length=70, features=min(case.features, 32)
-    )
+        case, batch=min(case.batch, 2), heads=2, length=70, features=min(case.features, 32),
+        compiled=False,
+    )  # fmt: skip
 
 
 def check_parity(case: AttentionCase) -> None:

@@ -17,6 +17,7 @@ from bench.timing import OURS, Contender, on_one_thread
 
 # "The best of stock" is sought among these.
 STOCK = ("torch default", "torch default, 1 thread", "torch compiled")
+PEERS = ()
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ class Operator:
 
 def _compute_figures(case: ComputeCase) -> dict[str, float]:
     figures = {"fma_peak": probes.fma_peak(case.dtype, case.threads)}
-    memory = probes.memory_ratio(case.name) if case.mode == "training" else None
-    return figures if memory is None else {**figures, "memory": memory}
+    memory = probes.memory_growths(case.name) if case.mode == "training" else None
+    return figures if memory is None else {**figures, **memory}
 
 
 def _flops_per_second(case: ComputeCase, process: Process) -> float:
@@ -91,11 +91,12 @@ OF_PEAK = Column(
     ".0%",
 )
 MEMORY = Column("memory", lambda case, process: process["figures"].get("memory"), max, ".2f")
+MEBIBYTES = Column("MiB", lambda case, process: process["figures"].get("mebibytes"), max, ",.0f")
 COMPUTE_NOTE = (
     "Training is forward and backward with every gradient. GF/s is useful work, the matrix "
     "products of tokens that are there; next to it is its fraction of the peak of fused "
     "multiply-adds, measured in the same process. Memory is what one training step adds at its "
-    "highest, fastopt's over stock's: below 1, fastopt takes less."
+    "highest, fastopt's over stock's: below 1, fastopt takes less; MiB is fastopt's."
 )
 
 OPTIMIZERS = Operator(
@@ -124,9 +125,10 @@ def _compute_operator(
         clipped=module.clipped,
         contenders=contenders,
         stock=module.STOCK,
+        peers=module.PEERS,
         limit=OF_PEAK,
         figures=_compute_figures,
-        columns=(GIGAFLOPS, OF_PEAK, MEMORY),
+        columns=(GIGAFLOPS, OF_PEAK, MEMORY, MEBIBYTES),
         note=COMPUTE_NOTE,
     )
 

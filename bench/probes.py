@@ -26,13 +26,15 @@ def fma_peak(dtype: torch.dtype, threads: int) -> float:
     return single / 2 if dtype is torch.float64 else single
 
 
-def memory_ratio(case_name: str) -> float | None:
-    """Our growth of resident memory in one call over stock's; none where that is too small.
+def memory_growths(case_name: str) -> dict[str, float] | None:
+    """Our growth of resident memory in one call, and over stock's; none where that is too small.
 
     Each is measured in a fresh process: memory that was freed is not always given back.
     """
     ours, stock = (_growth_in_process(case_name, name) for name in (OURS, "torch default"))
-    return ours / stock if stock >= LEAST_GROWTH else None
+    if stock < LEAST_GROWTH:
+        return None
+    return {"memory": ours / stock, "mebibytes": ours / 2**20}
 
 
 def _growth_in_process(case_name: str, contender: str) -> int:

@@ -57,7 +57,7 @@ class Settings:
     """One size of the run."""
 
     recipe: Recipe
-    modules: int = 40  # of the standard library, beside its help topics
+    modules: int = 20  # of the standard library, beside its help topics
     vocabulary: int = 2_048
     context: int = 512
     batch_size: int = 8
@@ -72,7 +72,7 @@ class Settings:
 
 DEFAULT = Settings(
     Recipe(
-        epochs=3,
+        epochs=2,
         lr=3e-3,
         weight_decay=0.1,
         warmup=0.1,
@@ -84,14 +84,13 @@ DEFAULT = Settings(
 )
 FULL = replace(
     DEFAULT,
-    recipe=replace(DEFAULT.recipe, epochs=2, lr=2e-3),
+    recipe=replace(DEFAULT.recipe, lr=2e-3),
     modules=120,
     vocabulary=4_096,
     width=256,
 )
 SMOKE = replace(
     DEFAULT,
-    recipe=replace(DEFAULT.recipe, epochs=2),
     modules=0,
     vocabulary=400,
     context=64,

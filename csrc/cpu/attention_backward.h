@@ -2,7 +2,7 @@
 
 #include <atomic>
 
-#include "cpu/attention_walk.h"
+#include "cpu/attention_softmax.h"
 
 FASTOPT_BEGIN_NAMESPACE
 

@@ -150,7 +150,7 @@ def _nobody_watches(request: AttentionRequest) -> bool:
     """Neither autograd nor a mode nor the profiler: a short call need not pay for the operator."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch.autograd._profiler_enabled():
+    if torch._C._autograd._profiler_enabled():
         return False
     leaves = request.query, request.key, request.value, request.bias, request.sinks
     return not torch.is_grad_enabled() or not any(

@@ -1,0 +1,279 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/activations.h"
+#include "core/philox.h"
+#include "cpu/attention_walk.h"
+
+FASTOPT_BEGIN_NAMESPACE
+
+// Words of random numbers come in groups of 64 keys: lane l of a group makes those of its keys
+// l, l + 16, l + 32 and l + 48.
+constexpr int kRandomLanes = 16, kRandomGroup = 4 * kRandomLanes;
+
+struct WideLanes {
+  static constexpr int kWidth = kVectorBytes / 8;
+  typedef uint64_t Word __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+
+  static HOST_DEVICE void multiply(Word value, uint32_t factor, Word& high, Word& low) {
+#if defined(__AVX512F__)
+    const Word product = (Word)_mm512_mul_epu32((__m512i)value, _mm512_set1_epi64(factor));
+#elif defined(__AVX2__)
+    const Word product = (Word)_mm256_mul_epu32((__m256i)value, _mm256_set1_epi64x(factor));
+#else
+    const Word product = value * static_cast<uint64_t>(factor);
+#endif
+    high = product >> 32;
+    low = product & 0xFFFFFFFFu;
+  }
+};
+
+// Words of the keys [begin, end) of one row, both multiples of kRandomGroup.
+inline void random_row(uint64_t seed, int64_t head, int64_t row, int64_t begin, int64_t end,
+                       uint32_t* words) {
+  using Word = WideLanes::Word;
+  Word numbers;
+  for (int i = 0; i < WideLanes::kWidth; ++i) numbers[i] = i;
+  for (int64_t group = begin / kRandomGroup; group < end / kRandomGroup; ++group) {
+    uint32_t* target = words + group * kRandomGroup - begin;
+    for (int lane = 0; lane < kRandomLanes; lane += WideLanes::kWidth) {
+      Word counter[4] = {(numbers + (group * kRandomLanes + lane)) & 0xFFFFFFFFu,
+                         Word{} + static_cast<uint32_t>(row), Word{} + static_cast<uint32_t>(head),
+                         Word{}};
+      philox<WideLanes>(counter, seed);
+      for (int i = 0; i < 4; ++i) {
+        const WideLanes::Narrow narrow = __builtin_convertvector(counter[i], WideLanes::Narrow);
+        memcpy(target + i * kRandomLanes + lane, &narrow, sizeof narrow);
+      }
+    }
+  }
+}
+
+// Factors of dropout for the keys [begin, end) of a row: 0, or 1 / (1 - dropout).
+template <class T>
+void dropout_factors(const AttentionLayer& layer, int64_t head, int64_t row, Range keys,
+                     uint32_t* words, T* factors) {
+  const int64_t begin = rounded_down(keys.begin, kRandomGroup);
+  random_row(layer.seed, layer.first_head + head, row, begin, rounded_up(keys.end, kRandomGroup),
+             words);
+  const uint32_t threshold = static_cast<uint32_t>(layer.dropout * 4294967296.0);
+  const T kept = static_cast<T>(1 / (1 - layer.dropout));
+  const uint32_t* own = words + (keys.begin - begin);
+  for (int64_t i = 0; i < keys.end - keys.begin; ++i) {
+    factors[i] = own[i] >= threshold ? kept : T(0);
+  }
+}
+
+// Scratch of a thread for dropout in one row of a tile.
+template <class T>
+struct DropoutScratch {
+  T* factors;
+  uint32_t* words;
+
+  void reserve(Workspace& space, int64_t tile_keys) {
+    space.reserve(&factors, tile_keys + AttentionWalk<T>::kSkew);
+    space.reserve(&words, tile_keys + 2 * kRandomGroup);
+  }
+};
+
+// One row of scores. They are those of a power of two: times log2(e).
+template <class Storage>
+struct ScoreRow {
+  using T = ComputeType<Storage>;
+  using V = Vec<T>;
+  static constexpr T kNever = -std::numeric_limits<T>::infinity();
+  static constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
+
+  T scale, softcap, slope;
+  T center;  // the key at no distance, for slopes
+  const Storage* bias;
+  const uint8_t* allowed;
+
+  ScoreRow(const AttentionLayer& layer, int64_t head, int64_t query)
+      : scale(static_cast<T>(layer.scale)),
+        softcap(static_cast<T>(layer.softcap)),
+        slope(0),
+        center(static_cast<T>(query + diagonal(layer))),
+        bias(nullptr),
+        allowed(nullptr) {
+    const int64_t place = head * layer.mask_strides[1] + query * layer.mask_strides[2];
+    if (layer.bias) bias = static_cast<const Storage*>(layer.bias) + place;
+    if (layer.allowed) allowed = layer.allowed + place;
+    if (layer.slopes) slope = layer.slopes[head];
+  }
+
+  // Scores are products times a factor above zero: where one is largest, so is the other.
+  bool is_plain() const { return softcap == 0 && slope == 0 && !bias && !allowed && scale > 0; }
+
+  // tanh(scale * product / softcap), where there is a cap.
+  HOST_DEVICE V saturation(V product) const {
+    return hyperbolic_tangent<T>(product * (scale / softcap));
+  }
+
+  // Scores of key `column` and those after it, of which `left` are there.
+  template <bool kPlain>
+  HOST_DEVICE V score(V product, int64_t column, int64_t left) const {
+    if (kPlain) return product * (scale * kLog2E);
+    V result = softcap != 0 ? saturation(product) * (softcap * kLog2E) : product * (scale * kLog2E);
+    if (slope != 0) {
+      const V distance = lane_numbers<V>() + (static_cast<T>(column) - center);
+      result = result - magnitude(distance) * (slope * kLog2E);
+    }
+    if (bias) result = result + load_up_to(bias + column, left) * kLog2E;
+    if (allowed) result = unless_zero(load_up_to(allowed + column, left), result, kNever);
+    return result;
+  }
+
+ private:
+  template <class Element>
+  static HOST_DEVICE V load_up_to(const Element* source, int64_t left) {
+    return left < V::kWidth ? load_first<V>(source, left) : load_as<V>(source);
+  }
+};
+
+// What a query has gathered from some keys: the sums of weights and of weighted values, where the
+// largest score so far has the weight 1.
+template <class T>
+struct Gathered {
+  static constexpr T kNever = -std::numeric_limits<T>::infinity();
+
+  T largest = kNever, sum = 0;
+
+  // The largest score may only grow.
+  void grow_to(T score, T* values, int64_t features) {
+    if (score == largest) return;
+    const T shrinkage = exponential_of_two<T>(largest - score);
+    largest = score;
+    sum *= shrinkage;
+    for_each_lanes<T>(features, [&](int64_t j, auto lanes) {
+      store(values + j, load_as<decltype(lanes)>(values + j) * shrinkage);
+    });
+  }
+
+  // What was gathered from other keys; without values, those are zeros.
+  void add(Gathered other, T* values, const T* other_values, int64_t features) {
+    if (other.sum == 0) return;
+    grow_to(at_least(largest, other.largest), values, features);
+    const T weight =
+        other.largest == largest ? T(1) : exponential_of_two<T>(other.largest - largest);
+    sum += other.sum * weight;
+    if (!other_values) return;
+    for_each_lanes<T>(features, [&](int64_t j, auto lanes) {
+      using V = decltype(lanes);
+      store(values + j, load_as<V>(values + j) + load_as<V>(other_values + j) * weight);
+    });
+  }
+};
+
+template <class F>
+HOST_DEVICE void store_zeros(F* target, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) store(target + i, ComputeType<F>(0));
+}
+
+// Weights of a query for `keys` of a tile, from its products with them, 0 where it sees none. All
+// buffers have room for a vector beyond.
+template <class Storage, class F>
+class RowOfWeights {
+ public:
+  using T = ComputeType<Storage>;
+  using V = Vec<T>;
+
+  RowOfWeights(const AttentionLayer& layer, int64_t head, int64_t query)
+      : layer_(layer), head_(head), query_(query), scores_(layer, head, query) {}
+
+  void compute(Range keys, T* products, F* weights, Gathered<T>& gathered, T* values,
+               const DropoutScratch<T>& dropout) const {
+    const Range seen = common(keys, visible(layer_, query_), keys.begin);
+    const int64_t before = seen.begin - keys.begin, count = seen.end - seen.begin;
+    store_zeros(weights, before);
+    if (count > 0) {
+      if (scores_.is_plain()) {
+        weigh<true>(seen, products + before, weights + before, gathered, values);
+      } else {
+        weigh<false>(seen, products + before, weights + before, gathered, values);
+      }
+      if (layer_.dropout > 0) drop(seen, weights + before, dropout);
+    }
+    const int64_t width = words_of<F>(keys.end - keys.begin) * Factors<F>::kInWord;
+    store_zeros(weights + before + count, width - before - count);
+  }
+
+ private:
+  static constexpr T kNever = Gathered<T>::kNever;
+
+  template <bool kPlain>
+  void weigh(Range seen, T* scores, F* weights, Gathered<T>& gathered, T* values) const {
+    const int64_t count = seen.end - seen.begin, whole = rounded_down(count, V::kWidth);
+    V most = V{} + kNever;
+    if (kPlain) store(scores + count, V{} + kNever);
+    for (int64_t j = 0; j < count; j += V::kWidth) {
+      V score = load_as<V>(scores + j);
+      if (!kPlain) {
+        score = scores_.template score<false>(score, seen.begin + j, count - j);
+        store(scores + j, score);
+        if (j == whole) {
+          store(scores + count, V{} + kNever);
+          score = load_as<V>(scores + j);
+        }
+      }
+      most = at_least(most, score);  // a NaN is passed over: the weights carry it
+    }
+    T largest = largest_lane(most);
+    if (largest == kNever) {  // none of them is allowed, unless one is a NaN
+      T sum = 0;
+      for (int64_t j = 0; j < count; ++j) sum += scores[j] == kNever ? T(0) : scores[j];
+      for (int64_t j = 0; j < count; ++j) store(weights + j, sum);
+      gathered.sum += sum;
+      return;
+    }
+    const T factor = kPlain ? scores_.scale * ScoreRow<Storage>::kLog2E : T(1);
+    largest = at_least(gathered.largest, largest * factor);
+    V sums{};
+    for (int64_t j = 0; j < count; j += V::kWidth) {
+      const V score = load_as<V>(scores + j);
+      const V weight = exponential_of_two<T>((kPlain ? score * factor : score) - largest);
+      store(weights + j, weight);
+      sums = sums + weight;
+    }
+    gathered.grow_to(largest, values, layer_.value_features);
+    gathered.sum += sum_of_lanes(sums);
+  }
+
+  void drop(Range seen, F* weights, const DropoutScratch<T>& scratch) const {
+    dropout_factors(layer_, head_, query_, seen, scratch.words, scratch.factors);
+    for (int64_t j = 0; j < seen.end - seen.begin; j += V::kWidth) {
+      store(weights + j, load_as<V>(weights + j) * load_as<V>(scratch.factors + j));
+    }
+  }
+
+  const AttentionLayer& layer_;
+  const int64_t head_, query_;
+  const ScoreRow<Storage> scores_;
+};
+
+// Output and logsumexp of a query that has met all of its keys. One that sees none is zeros, as in
+// torch; a sink is one more key.
+template <class Storage, class T>
+void finish_row(const AttentionForward& call, int64_t head, int64_t query, Gathered<T> gathered,
+                T* values) {
+  const AttentionLayer& layer = call.layer;
+  if (layer.sinks) {
+    Gathered<T> sink;
+    sink.largest = static_cast<const T*>(layer.sinks)[head] * ScoreRow<Storage>::kLog2E;
+    sink.sum = sink.largest == Gathered<T>::kNever ? T(0) : T(1);
+    gathered.add(sink, values, nullptr, layer.value_features);
+  }
+  const T sum = gathered.sum, inverse = sum == 0 ? T(0) : 1 / sum;
+  Storage* output = row_of<Storage>(call.output, head, query);
+  for_each_lanes<T>(layer.value_features, [&](int64_t j, auto lanes) {
+    store(output + j, load_as<decltype(lanes)>(values + j) * inverse);
+  });
+  *row_of<T>(call.logsumexp, head, query) =
+      sum == 0 ? Gathered<T>::kNever : gathered.largest / ScoreRow<Storage>::kLog2E + std::log(sum);
+}
+
+FASTOPT_END_NAMESPACE
