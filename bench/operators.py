@@ -91,12 +91,14 @@ OF_PEAK = Column(
     ".0%",
 )
 MEMORY = Column("memory", lambda case, process: process["figures"].get("memory"), max, ".2f")
-MEBIBYTES = Column("MiB", lambda case, process: process["figures"].get("mebibytes"), max, ",.0f")
+MEBIBYTES = Column(
+    "added, MiB", lambda case, process: process["figures"].get("mebibytes"), max, ",.0f"
+)
 COMPUTE_NOTE = (
     "Training is forward and backward with every gradient. GF/s is useful work, the matrix "
     "products of tokens that are there; next to it is its fraction of the peak of fused "
     "multiply-adds, measured in the same process. Memory is what one training step adds at its "
-    "highest, fastopt's over stock's: below 1, fastopt takes less; MiB is fastopt's."
+    "highest, fastopt's over stock's: below 1, fastopt takes less; in MiB, fastopt's."
 )
 
 OPTIMIZERS = Operator(
@@ -116,7 +118,10 @@ OPTIMIZERS = Operator(
 
 
 def _compute_operator(
-    cases: tuple[Case, ...], module: Any, contenders: Callable[[Any], dict[str, Contender]]
+    cases: tuple[Case, ...],
+    module: Any,
+    contenders: Callable[[Any], dict[str, Contender]],
+    *more_columns: Column,
 ) -> Operator:
     """One whose limit is arithmetic, from the module that has its contenders."""
     return Operator(
@@ -128,14 +133,14 @@ def _compute_operator(
         peers=module.PEERS,
         limit=OF_PEAK,
         figures=_compute_figures,
-        columns=(GIGAFLOPS, OF_PEAK, MEMORY, MEBIBYTES),
+        columns=(GIGAFLOPS, OF_PEAK, MEMORY, *more_columns),
         note=COMPUTE_NOTE,
     )
 
 
 LSTM = _compute_operator(LSTM_CASES, lstm_contenders, lstm_contenders.lstm_contenders)
 ATTENTION = _compute_operator(
-    ATTENTION_CASES, attention_contenders, attention_contenders.attention_contenders
+    ATTENTION_CASES, attention_contenders, attention_contenders.attention_contenders, MEBIBYTES
 )
 
 OPERATORS = (OPTIMIZERS, LSTM, ATTENTION)

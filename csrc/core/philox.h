@@ -8,8 +8,8 @@ FASTOPT_BEGIN_NAMESPACE
 
 // Philox 4x32 with seven rounds, the fewest that pass BigCrush (Salmon et al., SC 2011): random
 // numbers that are a function of a seed and a counter, so that whoever computes an element's draws
-// the same. Word is uint32_t, or a vector of them in 64-bit lanes; Wide has multiply(Word, constant,
-// high, low).
+// the same. Word is uint32_t, or a vector of them in 64-bit lanes; Wide has multiply(Word,
+// constant, high, low).
 constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxMultipliers[2] = {0xD2511F53u, 0xCD9E8D57u};
 constexpr uint32_t kPhiloxWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};
