@@ -62,7 +62,7 @@ CASES = {
     "bias of groups": Case((2, 6, 3, 20, 30, 8, 8), mask=(2, 1, 20, 30)),
     "allowed": Case(USUAL, mask=(2, 1, 50, 70), boolean=True),
     "rows that see nothing": Case(USUAL, mask=(2, 1, 50, 1), boolean=True),
-    "keys that nobody sees": Case(USUAL, mask=(70,), boolean=True),
+    "keys that nobody sees": Case(USUAL, mask=(1, 70), boolean=True),
     "everything": Case(
         (2, 4, 2, 60, 90, 24, 40),
         {"causal": True, "softcap": 3.0, "alibi_slopes": torch.rand(2, 4), "dropout_p": 0.2},
@@ -317,6 +317,107 @@ def test_gradcheck_and_gradgradcheck() -> None:
     assert torch.autograd.gradgradcheck(call, (*inputs, bias))
 
 
+def test_inputs_may_be_made_from_each_other() -> None:
+    leaf = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradient(create_graph: bool) -> Tensor:
+        output = scaled_dot_product_attention(leaf, leaf * 2, leaf.sin())
+        return torch.autograd.grad(output.sin().sum(), leaf, create_graph=create_graph)[0]
+
+    assert_matches(gradient(True), gradient(False), op="attention", dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: scaled_dot_product_attention(x, x * 2, x), leaf)
+
+
+def test_gradients_of_several_outputs_at_once() -> None:
+    inputs = [torch.randn(1, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 5, 5)]
+    output = scaled_dot_product_attention(*inputs)
+    several = torch.randn(3, *output.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(output, inputs, several, is_grads_batched=True, retain_graph=True)
+    for number, one in enumerate(several):
+        alone = torch.autograd.grad(output, inputs, one, retain_graph=True)
+        for found, expected in zip(batched, alone, strict=True):
+            assert torch.equal(found[number], expected)
+
+
+def test_traces() -> None:
+    query = torch.randn(1, 2, 6, 4)
+    traced = torch.jit.trace(lambda x: scaled_dot_product_attention(x, x, x) * 1, query)
+    other = torch.randn(1, 2, 6, 4)
+    assert torch.equal(traced(other), scaled_dot_product_attention(other, other, other))
+
+
+@pytest.mark.parametrize("keys", [5, 35, 65])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.1}], ids=str)
+def test_the_last_word_of_an_odd_number_of_keys(keys: int, options: dict[str, Any]) -> None:
+    """A word of two bf16 factors is multiplied whole: what fills it up must be a zero."""
+    given = [torch.full((1, 1, 70, 16), 10.0), torch.full((1, 1, keys, 16), -10.0)]
+    given += [torch.randn(1, 1, keys, 16)]
+    inputs = [tensor.bfloat16() for tensor in given]
+    case = Case((1, 1, 1, 70, keys, 16, 16), options)
+    everything = (inputs, None, torch.randn(1, 1, 70, 16).bfloat16())
+    actual = run(case, torch.bfloat16, "cpu", everything)
+    for name, value in run(case, torch.bfloat16, "reference", everything).items():
+        # All keys are equal: where gradients cancel, what is left is rounding of their terms.
+        cancels = name in ("gradient of q", "gradient of k")
+        if name == "logsumexp":
+            assert_matches(actual[name], value.float(), op="attention", dtype=torch.float32)
+        else:
+            size = torch.tensor(10.0) if cancels else value.abs().max()
+            assert_rounds_like_operands(actual[name], value, size)
+
+
+@pytest.mark.parametrize("window", [(sys.maxsize, 0), (-1, sys.maxsize), (sys.maxsize, -1)])
+def test_windows_may_be_as_wide_as_numbers_go(window: tuple[int, int]) -> None:
+    case = Case((1, 1, 1, 6, 6, 8, 8), {"window_size": window})
+    given = tensors(case, torch.float32)
+    expected = run(case, torch.float32, "reference", given)
+    for name, value in run(case, torch.float32, "cpu", given).items():
+        assert_matches(value, expected[name].float(), op=table_of(name), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_mask_of_the_least_number_is_no_infinity(dtype: torch.dtype) -> None:
+    """The mask that many models give a padded row: all of its keys count alike."""
+    query = torch.randn(1, 1, 6, 8).to(dtype)
+    mask = torch.zeros(6, 6, dtype=dtype)
+    mask[2] = torch.finfo(dtype).min
+    actual = scaled_dot_product_attention(query, query, query, mask)
+    stock = stock_attention(query, query, query, mask)
+    if dtype is torch.float64:
+        assert_matches(actual, stock, op="attention", dtype=dtype)
+    else:
+        exact = query.double()
+        truth = stock_attention(exact, exact, exact, mask.double())
+        assert_no_worse_than_stock(actual, stock, truth)
+
+
+@pytest.mark.parametrize("size", [5e3, 5e5, 1e10])
+def test_scores_may_be_large(size: float) -> None:
+    """One key has all the weight, and that is 1, however large the rounding of its score."""
+    inputs = [torch.randn(1, 2, n, 16) for n in (40, 50, 50)]
+    inputs[0] *= size
+    gradient = torch.randn(1, 2, 40, 16)
+
+    def results(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        output = function(*leaves)
+        return [output, torch.autograd.grad(output, leaves[2], gradient.to(dtype))[0]]
+
+    actual = results(scaled_dot_product_attention, torch.float32)
+    stock = results(stock_attention, torch.float32)
+    truth = results(stock_attention, torch.float64)
+    for ours, theirs, exact in zip(actual, stock, truth, strict=True):
+        assert_no_worse_than_stock(ours, theirs, exact)
+
+
+def test_a_cap_that_is_far_away_is_none() -> None:
+    query = torch.randn(1, 1, 6, 8)
+    assert_matches(
+        attention(query, query, query, softcap=1e38), attention(query, query, query),
+        op="attention", dtype=torch.float32,
+    )  # fmt: skip
+
+
 def test_opcheck() -> None:
     inputs = [torch.randn(1, 2, n, 3, requires_grad=True) for n in (4, 5, 5)]
     bias = torch.randn(1, 1, 4, 5, requires_grad=True)
@@ -343,6 +444,16 @@ def test_compiles_into_one_graph() -> None:
     gradients = torch.autograd.grad(compiled(*inputs), inputs)
     for actual, wanted in zip(gradients, expected, strict=True):
         assert_matches(actual, wanted, op="attention", dtype=torch.float32)
+
+
+def test_compiles_with_dropout() -> None:
+    query = torch.randn(2, 3, 20, 8)
+    compiled = torch.compile(
+        lambda x: scaled_dot_product_attention(x, x, torch.ones_like(x), dropout_p=0.5),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    output = compiled(query)
+    assert output.std() > 0 and abs(output.mean() - 1) < 0.2
 
 
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "dual", "grad"])
@@ -399,10 +510,49 @@ def test_errors_are_torchs(shapes: list[tuple[int, ...]]) -> None:
     assert str(ours.value) == str(stock.value)
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 4, 8), (2, 2, 0, 8)])
-def test_empty_as_stock(shape: tuple[int, ...]) -> None:
-    inputs = [torch.randn(shape) for _ in range(3)]
+@pytest.mark.parametrize("sizes", [(0, 4, 4), (2, 0, 4), (2, 4, 0)], ids=str)
+@pytest.mark.parametrize("sink", [None, 0.5])
+def test_empty_ones_are_zeros(sizes: tuple[int, int, int], sink: float | None) -> None:
+    batch, queries, keys = sizes
+    leaves = [torch.randn(batch, 2, n, 8, requires_grad=True) for n in (queries, keys, keys)]
+    assert torch.equal(scaled_dot_product_attention(*leaves), stock_attention(*leaves))
+    sinks = None if sink is None else torch.full((2,), sink)
+    output, logsumexp = attention(
+        *leaves, causal=True, softcap=1.0, learnable_sink=sinks, return_lse=True
+    )
+    assert output.shape == (batch, 2, queries, 8) and not output.any()
+    expected = torch.full((batch, 2, queries), -torch.inf if sink is None else sink)
+    assert torch.equal(logsumexp, expected)
+    for gradient in torch.autograd.grad(output.sum(), leaves):
+        assert not gradient.any()
+
+
+def test_meta_tensors_as_stock() -> None:
+    inputs = [torch.empty(2, 3, 4, 8, device="meta") for _ in range(3)]
     assert scaled_dot_product_attention(*inputs).shape == stock_attention(*inputs).shape
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2)])
+def test_outputs_are_laid_out_as_stocks(order: tuple[int, ...]) -> None:
+    back = [order.index(i) for i in range(4)]
+    query = torch.randn(2, 3, 5, 8).permute(order).contiguous().permute(back)
+    actual = scaled_dot_product_attention(query, query, query)
+    assert actual.stride() == stock_attention(query, query, query).stride()
+
+
+@pytest.mark.parametrize(
+    ("query_shape", "shape"),
+    [((1, 2, 4, 8), (4,)), ((1, 2, 4, 8), ()), ((2, 4, 8), (1, 1, 4, 4))],
+)
+def test_masks_of_other_dimensions_are_refused_as_by_stock(
+    query_shape: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    query, mask = torch.randn(query_shape), torch.zeros(shape)
+    with pytest.raises((RuntimeError, IndexError)) as stock:
+        stock_attention(query, query, query, mask)
+    with pytest.raises(type(stock.value)) as ours:
+        scaled_dot_product_attention(query, query, query, mask)
+    assert str(ours.value) == str(stock.value)
 
 
 @pytest.mark.parametrize(
@@ -410,6 +560,7 @@ def test_empty_as_stock(shape: tuple[int, ...]) -> None:
     [
         ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
         ({"window_size": (3, -2)}, r"window_size must be .* from -1 on, got \(3, -2\)"),
+        ({"attn_mask": torch.zeros(4)}, r"attn_mask must have 2 to 4 dimensions, got \(4,\)"),
         ({"softcap": -1.0}, "softcap must be finite and not negative, got -1.0"),
         ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \[heads\].*got \(3,\)"),
     ],

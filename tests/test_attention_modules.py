@@ -170,3 +170,17 @@ def test_copies_and_pickles() -> None:
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert type(copied.self_attn) is fastopt.nn.MultiheadAttention
         assert torch.equal(copied(source), layer(source))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_empty_inputs_beside_masks(shape: tuple[int, int], need_weights: bool) -> None:
+    """Without weights, torch refuses them."""
+    batch, length = shape
+    module = fastopt.nn.MultiheadAttention(8, 2, batch_first=True)
+    inputs = torch.randn(batch, length, 8)
+    padding = torch.zeros(batch, length, dtype=torch.bool)
+    mask = torch.zeros(batch * 2, length, length)
+    for masks in ({"key_padding_mask": padding}, {"attn_mask": mask}):
+        output, _ = module(inputs, inputs, inputs, need_weights=need_weights, **masks)
+        assert output.shape == inputs.shape

@@ -238,6 +238,17 @@ def test_jagged_tensors(causal: bool) -> None:
         assert_no_worse_than_stock(actual, stock, truth)
 
 
+def test_keys_and_values_of_other_lengths_are_refused_as_by_stock() -> None:
+    query, key, value = (
+        jagged([torch.randn(n, 2, 8) for n in lengths]) for lengths in ([3, 6], [3, 6], [4, 5])
+    )
+    with pytest.raises(RuntimeError) as stock:
+        stock_attention(query, key, value)
+    with pytest.raises(RuntimeError) as ours:
+        scaled_dot_product_attention(query, key, value)
+    assert type(ours.value) is type(stock.value)
+
+
 def test_other_nested_tensors_are_torchs() -> None:
     parts = [torch.randn(3, n, 16) for n in (5, 30)]
     strided = torch.nested.nested_tensor(parts)
@@ -253,6 +264,12 @@ def test_other_nested_tensors_are_torchs() -> None:
         ({"learnable_sink": torch.ones(3)}, r"learnable_sink must be \[heads\], got \(3,\)"),
         ({"cache_seqlens": torch.ones(3)}, r"cache_seqlens must .* got torch.float32 \(3,\)"),
         ({"cache_seqlens": 6}, r"cache_seqlens must .*, from 0 to its keys, got \[6\]"),
+        ({"cache_seqlens": 2.7}, r"cache_seqlens must be a number or .*, got 2.7"),
+        (
+            {"cache_seqlens": torch.tensor([2**32 + 2])},
+            r"cache_seqlens must fit 32 bits, got \[4294967298\]",
+        ),
+        ({"max_seqlen_q": 4}, "max_seqlen_q needs cu_seqlens_q, got 4 alone"),
         ({"cu_seqlens_q": starts([2, 2])}, r"query must have \[rows, heads, features\] with cu_"),
     ],
 )
@@ -268,6 +285,10 @@ def test_what_does_not_fit_is_named(options: dict[str, Any], text: str) -> None:
         ({"cu_seqlens_q": starts([2, 1])}, r"cu_seqlens_q must begin with 0, .* the 4 rows .* 3\]"),
         ({"cu_seqlens_q": torch.tensor([0, 3, 2, 4])}, r"cu_seqlens_q must .*got \[0, 3, 2, 4\]"),
         ({"cu_seqlens_q": torch.tensor([1, 4])}, r"cu_seqlens_q must begin with 0"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 2**32 + 4])},
+            r"cu_seqlens_q must fit 32 bits, got \[0, 4294967300\]",
+        ),
         ({"cu_seqlens_q": torch.tensor([0.0, 4.0])}, r"cu_seqlens_q must be int32 or int64"),
         (
             {"cu_seqlens_q": starts([4]), "cu_seqlens_k": starts([2, 2])},
@@ -283,10 +304,13 @@ def test_what_does_not_fit_is_named(options: dict[str, Any], text: str) -> None:
         ),
     ],
 )
-def test_sequences_that_do_not_fit_are_named(options: dict[str, Any], text: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_sequences_that_do_not_fit_are_named(
+    options: dict[str, Any], text: str, backend: str
+) -> None:
     inputs = [torch.randn(4, 2, 8) for _ in range(3)]
     with pytest.raises(ValueError, match=text):
-        attention(*inputs, **options)
+        attention(*inputs, **options, backend=backend)
 
 
 def test_torch_has_none_of_it() -> None:

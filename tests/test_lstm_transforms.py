@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
 from lstm_cases import LstmCase, assert_same, forward, gradients, run
+from tolerances import assert_matches
 
 STACK: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
 WIDE = (torch.float32, torch.float64)
@@ -287,3 +288,15 @@ def test_opcheck(operator: str, case: LstmCase) -> None:
 
     args, kwargs = torch.utils._pytree.tree_map(leaf, calls.seen[operator])
     torch.library.opcheck(getattr(torch.ops.fastopt, operator), args, kwargs)
+
+
+def test_states_may_be_made_from_the_input() -> None:
+    module = fastopt.nn.LSTM(3, 3, dtype=torch.float64)
+    leaf = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def gradient(create_graph: bool) -> Tensor:
+        output, _ = module(leaf, (leaf, leaf * 2))
+        (found,) = torch.autograd.grad(output.sum(), leaf, create_graph=create_graph)
+        return found
+
+    assert_matches(gradient(True), gradient(False), op="lstm", dtype=torch.float64)

@@ -108,8 +108,10 @@ struct CheckedAttention {
     layer.value = placed(given.value, "value", value_sizes(), dtype);
     layer.scale = given.scale;
     layer.softcap = given.softcap;
-    layer.left = given.left;
-    layer.right = given.right;
+    // No key is further away than all rows: sums with larger bounds could overflow.
+    const int64_t furthest = rows_ + key_rows_;
+    layer.left = given.left < furthest ? given.left : furthest;
+    layer.right = given.right < furthest ? given.right : furthest;
     layer.bottom_right = given.bottom_right;
     layer.dropout = given.dropout;
     layer.seed = given.seed;
@@ -245,6 +247,8 @@ struct CheckedAttention {
 };
 
 }  // namespace
+
+void attention_check(const AttentionTensors& given) { CheckedAttention(given, 1); }
 
 void attention_forward(const AttentionTensors& given, py::object output, py::object logsumexp,
                        int threads) {

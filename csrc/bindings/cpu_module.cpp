@@ -94,6 +94,7 @@ PYBIND11_MODULE(_native_cpu, m) {
            py::arg("slopes"), py::arg("sinks"), py::arg("query_starts"), py::arg("key_starts"),
            py::arg("used_keys"), py::arg("scale"), py::arg("softcap"), py::arg("left"),
            py::arg("right"), py::arg("bottom_right"), py::arg("dropout"), py::arg("seed"));
+  m.def("attention_check", &attention_check, py::arg("layer"));
   m.def("attention_forward", &attention_forward, py::arg("layer"), py::arg("output"),
         py::arg("logsumexp"), py::arg("threads"));
   m.def("attention_backward", &attention_backward, py::arg("layer"), py::arg("output"),

@@ -297,10 +297,13 @@ class AttentionBackwardPass {
                                own.products + offset, weights + seen.begin, gradients + seen.begin);
         }
       }
+      // To the end of the last word: the products take it whole.
+      const int64_t words_end =
+          tile.begin + rounded_up(block_keys.end - tile.begin, Factors<F>::kInWord);
       F* const both[] = {weights, gradients};
       for (F* values : both) {
         store_zeros(values + block_keys.begin, seen.begin - block_keys.begin);
-        store_zeros(values + seen.end, rounded_up(block_keys.end - seen.end, Factors<F>::kInWord));
+        store_zeros(values + seen.end, words_end - seen.end);
       }
     }
     if (width == 0) return;
@@ -333,11 +336,12 @@ class AttentionBackwardPass {
       bias_gradient =
           static_cast<T*>(call.bias_gradient) + head * strides[1] + query * strides[2] + seen.begin;
     }
-    const T delta = own.deltas[query], reference = logsumexp * ScoreRow<Storage>::kLog2E;
+    const T delta = own.deltas[query];
     for (int64_t j = 0; j < count; j += V::kWidth) {
       const V product = load_as<V>(products + j);
-      const V score = row.template score<kPlain>(product, seen.begin + j, count - j);
-      const V weight = exponential_of_two<T>(score - reference);
+      // Rounded as in the forward pass: where one key has all the weight, that is 1 exactly.
+      const V score = unfused(row.template score<kPlain>(product, seen.begin + j, count - j));
+      const V weight = exponential_of(score - logsumexp, T(1));
       V through = load_as<V>(value_products + j), kept = weight;
       if (drops) {
         const V factor = load_as<V>(own.dropout.factors + j);

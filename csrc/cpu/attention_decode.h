@@ -122,9 +122,11 @@ class AttentionDecodePass {
     const int64_t first = place(layer, 0, head, query);
     T* values = values_ + first * value_stride_;
     Gathered<T> gathered = gathered_[first];
+    const T factor = ScoreRow<Storage>(layer, head, query).factor();
     for (int64_t split = 1; split < splits_; ++split) {
       const int64_t other = place(layer, split, head, query);
-      gathered.add(gathered_[other], values, values_ + other * value_stride_, layer.value_features);
+      gathered.add(gathered_[other], factor, values, values_ + other * value_stride_,
+                   layer.value_features);
     }
     finish_row<Storage>(call, head, query, gathered, values);
   }

@@ -80,13 +80,12 @@ struct DropoutScratch {
   }
 };
 
-// One row of scores. They are those of a power of two: times log2(e).
+// One row of scores.
 template <class Storage>
 struct ScoreRow {
   using T = ComputeType<Storage>;
   using V = Vec<T>;
   static constexpr T kNever = -std::numeric_limits<T>::infinity();
-  static constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
 
   T scale, softcap, slope;
   T center;  // the key at no distance, for slopes
@@ -95,7 +94,7 @@ struct ScoreRow {
 
   ScoreRow(const AttentionLayer& layer, int64_t head, int64_t query)
       : scale(static_cast<T>(layer.scale)),
-        softcap(static_cast<T>(layer.softcap)),
+        softcap(cap_of(layer)),
         slope(0),
         center(static_cast<T>(query + diagonal(layer))),
         bias(nullptr),
@@ -107,7 +106,13 @@ struct ScoreRow {
   }
 
   // Scores are products times a factor above zero: where one is largest, so is the other.
-  bool is_plain() const { return softcap == 0 && slope == 0 && !bias && !allowed && scale > 0; }
+  bool is_plain() const {
+    return softcap == 0 && slope == 0 && !bias && !allowed &&
+           scale >= std::numeric_limits<T>::min();
+  }
+
+  // Of what stands for a score: a product where the row is plain, else the score itself.
+  T factor() const { return is_plain() ? scale : T(1); }
 
   // tanh(scale * product / softcap), where there is a cap.
   HOST_DEVICE V saturation(V product) const {
@@ -117,26 +122,39 @@ struct ScoreRow {
   // Scores of key `column` and those after it, of which `left` are there.
   template <bool kPlain>
   HOST_DEVICE V score(V product, int64_t column, int64_t left) const {
-    if (kPlain) return product * (scale * kLog2E);
-    V result = softcap != 0 ? saturation(product) * (softcap * kLog2E) : product * (scale * kLog2E);
+    if (kPlain) return product * scale;
+    V result = softcap != 0 ? saturation(product) * softcap : product * scale;
     if (slope != 0) {
       const V distance = lane_numbers<V>() + (static_cast<T>(column) - center);
-      result = result - magnitude(distance) * (slope * kLog2E);
+      result = result - magnitude(distance) * slope;
     }
-    if (bias) result = result + load_up_to(bias + column, left) * kLog2E;
+    if (bias) result = result + load_up_to(bias + column, left);
     if (allowed) result = unless_zero(load_up_to(allowed + column, left), result, kNever);
     return result;
   }
 
  private:
+  // A cap so far away that the quotient is no normal number is none.
+  static T cap_of(const AttentionLayer& layer) {
+    const bool far = std::abs(layer.scale) < std::numeric_limits<T>::min() * layer.softcap;
+    return far ? T(0) : static_cast<T>(layer.softcap);
+  }
+
   template <class Element>
   static HOST_DEVICE V load_up_to(const Element* source, int64_t left) {
     return left < V::kWidth ? load_first<V>(source, left) : load_as<V>(source);
   }
 };
 
+// e^(factor * difference)
+template <class V, class T>
+HOST_DEVICE V exponential_of(V difference, T factor) {
+  constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
+  return exponential_of_two<T>(difference * (factor * kLog2E));
+}
+
 // What a query has gathered from some keys: the sums of weights and of weighted values, where the
-// largest score so far has the weight 1.
+// largest score so far has the weight 1. Scores are `factor` times what is given for them.
 template <class T>
 struct Gathered {
   static constexpr T kNever = -std::numeric_limits<T>::infinity();
@@ -144,9 +162,9 @@ struct Gathered {
   T largest = kNever, sum = 0;
 
   // The largest score may only grow.
-  void grow_to(T score, T* values, int64_t features) {
+  void grow_to(T score, T factor, T* values, int64_t features) {
     if (score == largest) return;
-    const T shrinkage = exponential_of_two<T>(largest - score);
+    const T shrinkage = exponential_of(largest - score, factor);
     largest = score;
     sum *= shrinkage;
     for_each_lanes<T>(features, [&](int64_t j, auto lanes) {
@@ -155,11 +173,11 @@ struct Gathered {
   }
 
   // What was gathered from other keys; without values, those are zeros.
-  void add(Gathered other, T* values, const T* other_values, int64_t features) {
+  void add(Gathered other, T factor, T* values, const T* other_values, int64_t features) {
     if (other.sum == 0) return;
-    grow_to(at_least(largest, other.largest), values, features);
+    grow_to(at_least(largest, other.largest), factor, values, features);
     const T weight =
-        other.largest == largest ? T(1) : exponential_of_two<T>(other.largest - largest);
+        other.largest == largest ? T(1) : exponential_of(other.largest - largest, factor);
     sum += other.sum * weight;
     if (!other_values) return;
     for_each_lanes<T>(features, [&](int64_t j, auto lanes) {
@@ -230,16 +248,16 @@ class RowOfWeights {
       gathered.sum += sum;
       return;
     }
-    const T factor = kPlain ? scores_.scale * ScoreRow<Storage>::kLog2E : T(1);
-    largest = at_least(gathered.largest, largest * factor);
+    // Differences, then the factor: the largest one has the weight 1 exactly, however large it is.
+    largest = at_least(gathered.largest, largest);
+    const T factor = scores_.factor();
     V sums{};
     for (int64_t j = 0; j < count; j += V::kWidth) {
-      const V score = load_as<V>(scores + j);
-      const V weight = exponential_of_two<T>((kPlain ? score * factor : score) - largest);
+      const V weight = exponential_of(load_as<V>(scores + j) - largest, factor);
       store(weights + j, weight);
       sums = sums + weight;
     }
-    gathered.grow_to(largest, values, layer_.value_features);
+    gathered.grow_to(largest, factor, values, layer_.value_features);
     gathered.sum += sum_of_lanes(sums);
   }
 
@@ -261,11 +279,12 @@ template <class Storage, class T>
 void finish_row(const AttentionForward& call, int64_t head, int64_t query, Gathered<T> gathered,
                 T* values) {
   const AttentionLayer& layer = call.layer;
+  gathered.largest *= ScoreRow<Storage>(layer, head, query).factor();
   if (layer.sinks) {
     Gathered<T> sink;
-    sink.largest = static_cast<const T*>(layer.sinks)[head] * ScoreRow<Storage>::kLog2E;
+    sink.largest = static_cast<const T*>(layer.sinks)[head];
     sink.sum = sink.largest == Gathered<T>::kNever ? T(0) : T(1);
-    gathered.add(sink, values, nullptr, layer.value_features);
+    gathered.add(sink, T(1), values, nullptr, layer.value_features);
   }
   const T sum = gathered.sum, inverse = sum == 0 ? T(0) : 1 / sum;
   Storage* output = row_of<Storage>(call.output, head, query);
@@ -273,7 +292,7 @@ void finish_row(const AttentionForward& call, int64_t head, int64_t query, Gathe
     store(output + j, load_as<decltype(lanes)>(values + j) * inverse);
   });
   *row_of<T>(call.logsumexp, head, query) =
-      sum == 0 ? Gathered<T>::kNever : gathered.largest / ScoreRow<Storage>::kLog2E + std::log(sum);
+      sum == 0 ? Gathered<T>::kNever : gathered.largest + std::log(sum);
 }
 
 FASTOPT_END_NAMESPACE

@@ -184,6 +184,17 @@ HOST_DEVICE Vec<double> square_root(Vec<double> vector) {
 #endif
 }
 
+// The value as it is rounded: the compiler does not fuse what made it with what uses it.
+template <class T>
+HOST_DEVICE Vec<T> unfused(Vec<T> vector) {
+#if defined(__x86_64__)
+  asm("" : "+x"(vector.value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(vector.value));
+#endif
+  return vector;
+}
+
 // load_as<V>: one value or a vector of them, from storage of any kind. store: the way back.
 
 template <class V, class Storage>

@@ -46,9 +46,9 @@ def _refuse_sizes(request: AttentionRequest) -> str | None:
     query, key, value = request.query, request.key, request.value
     if not query.dim() == key.dim() == value.dim() == 4:
         return "query, key and value are not all of 4 dimensions"
+    if 0 in (query.size(1), key.size(1), query.size(-1), value.size(-1)):
+        return "there are no heads or no features"
     sequences = request.query_starts is not None
-    if not sequences and 0 in (query.numel(), key.numel(), value.numel()):
-        return "there is nothing to compute"
     batch, heads, queries, features = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     if key.shape != (batch, key_heads, keys, features) or value.shape[:3] != key.shape[:3]:
@@ -69,9 +69,15 @@ def _refuse_sizes(request: AttentionRequest) -> str | None:
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """``[batch, heads, queries, value_features]``, in memory heads lie beside each other."""
-    batch, heads, queries, _ = query.shape
-    return query.new_empty((batch, queries, heads, value.size(-1))).transpose(1, 2)
+    """``[batch, heads, queries, value_features]``, in the order in which queries lie in memory."""
+    if query.is_contiguous():
+        return query.new_empty((*query.shape[:3], value.size(-1)))
+    strides = query.stride()
+    order = [0, 1, 2]
+    if strides[3] == 1 or query.size(3) == 1:
+        order.sort(key=lambda dim: -strides[dim])
+    sizes = [query.size(dim) for dim in order]
+    return query.new_empty([*sizes, value.size(-1)]).permute(*map(order.index, range(3)), 3)
 
 
 def _contiguous_features(tensor: Tensor) -> Tensor:
@@ -112,10 +118,27 @@ def _layer(request: AttentionRequest) -> _native_cpu.AttentionTensors:
     )  # fmt: skip
 
 
+def check(request: AttentionRequest) -> None:
+    """Whether sequences and caches fit the rows that there are.
+
+    Raises:
+        ValueError: They do not; it names the argument.
+    """
+    _native_cpu.attention_check(_layer(request))
+
+
+def _is_empty(request: AttentionRequest) -> bool:
+    return 0 in (request.query.size(0), request.query.size(2), request.key.size(2))
+
+
 def run_forward(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Output and logsumexp."""
     output = empty_output(request.query, request.value)
     logsumexp = torch.empty(request.query.shape[:3], dtype=compute_dtype(output.dtype))
+    if _is_empty(request):
+        nothing = -torch.inf if request.sinks is None else request.sinks.unsqueeze(1)
+        logsumexp.copy_(torch.as_tensor(nothing))
+        return output.zero_(), logsumexp
     threads = torch.get_num_threads()
     _native_cpu.attention_forward(_layer(request), output, logsumexp, threads)
     return output, logsumexp
@@ -128,27 +151,34 @@ def run_backward(
     logsumexp: Tensor,
     bias_wanted: bool,
     sinks_wanted: bool,
-) -> list[Tensor]:
-    """Gradients of query, key and value, and of the bias and the sinks where they are wanted."""
-    query, key, bias, sinks = request.query, request.key, request.bias, request.sinks
-    precise = compute_dtype(query.dtype)
-    gradients = [empty_gradient(tensor) for tensor in (query, key, request.value)]
-    if request.used_keys is not None:  # nobody writes those of the other keys
-        for gradient in gradients[1:]:
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, bias and sinks; the latter are empty where not wanted."""
+    query, key, value = request.query, request.key, request.value
+    bias = request.bias if bias_wanted else None
+    sinks = request.sinks if sinks_wanted else None
+    gradients = [empty_gradient(tensor) for tensor in (query, key, value)]
+    if request.used_keys is not None or _is_empty(request):  # some of them nobody writes
+        for gradient in gradients:
             gradient.zero_()
+    precise = compute_dtype(query.dtype)
     bias_sums = sink_sums = None
-    if bias_wanted and bias is not None:
+    if bias is not None:
         bias_sums = torch.zeros((*bias.shape[:3], key.size(2)), dtype=precise)
-    if sinks_wanted and sinks is not None:
+    if sinks is not None:
         starts = request.query_starts
         batch = query.size(0) if starts is None else starts.size(0) - 1
-        sink_sums = torch.empty((batch, query.size(1)), dtype=precise)
-    _native_cpu.attention_backward(
-        _layer(request), output, logsumexp, _contiguous_features(output_gradient),
-        [*gradients, _expanded(bias_sums, query, key), sink_sums], torch.get_num_threads(),
-    )  # fmt: skip
-    if bias_sums is not None and bias is not None:
+        sink_sums = torch.zeros((batch, query.size(1)), dtype=precise)
+    if not _is_empty(request):
+        _native_cpu.attention_backward(
+            _layer(request), output, logsumexp, _contiguous_features(output_gradient),
+            [*gradients, _expanded(bias_sums, query, key), sink_sums], torch.get_num_threads(),
+        )  # fmt: skip
+    if bias is None or bias_sums is None:
+        gradients.append(query.new_empty(0))
+    else:
         gradients.append(bias_sums.sum_to_size(bias.shape).to(bias.dtype))
-    if sink_sums is not None and sinks is not None:
+    if sinks is None or sink_sums is None:
+        gradients.append(query.new_empty(0))
+    else:
         gradients.append(sink_sums.sum(0).to(sinks.dtype))
-    return gradients
+    return tuple(gradients)

@@ -83,6 +83,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to before kernels run, where it is on."""
+    if not torch.amp.is_autocast_available(device.type):
+        return None
     if not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

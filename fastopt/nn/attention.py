@@ -131,10 +131,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             parts.append(
                 attn_mask[None, None]
                 if attn_mask.dim() == 2
-                else attn_mask.view(batch, heads, queries, -1)
+                else attn_mask.view(batch, heads, queries, attn_mask.size(-1))
             )
         if key_padding_mask is not None:
-            parts.append(key_padding_mask.view(batch, 1, 1, -1))
+            parts.append(key_padding_mask.view(batch, 1, 1, key_padding_mask.size(-1)))
         if not parts:
             return None
         # What was appended to the keys is seen by all.

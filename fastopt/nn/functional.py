@@ -137,6 +137,14 @@ def attention(
     left, right = window_size
     if min(left, right) < -1:
         raise ValueError(f"window_size must be a pair of numbers from -1 on, got {window_size}")
+    if attn_mask is not None and not 2 <= attn_mask.dim() <= 4:
+        raise ValueError(f"attn_mask must have 2 to 4 dimensions, got {tuple(attn_mask.shape)}")
+    for name, longest, given in (
+        ("q", max_seqlen_q, cu_seqlens_q),
+        ("k", max_seqlen_k, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k),
+    ):
+        if longest is not None and given is None:
+            raise ValueError(f"max_seqlen_{name} needs cu_seqlens_{name}, got {longest} alone")
     starts = key_starts = None
     if cu_seqlens_q is not None:
         if attn_mask is not None:
@@ -147,7 +155,7 @@ def attention(
             key_starts = _starts("k", cu_seqlens_k, max_seqlen_k)
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     elif cu_seqlens_k is not None:
-        raise ValueError("cu_seqlens_k needs cu_seqlens_q")
+        raise ValueError("cu_seqlens_k needs cu_seqlens_q, got it alone")
     batch = query.size(0) if starts is None else starts.size(0) - 1
     heads = query.size(1)
     slopes = alibi_slopes
@@ -224,15 +232,9 @@ def _fits(
         return False
     if (is_causal and mask is not None) or not 0 <= dropout < 1:
         return False
+    if mask is not None and not 2 <= mask.dim() <= query.dim():
+        return False
     return enable_gqa or query.size(-3) == key.size(-3)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """What autocast makes of it: it runs attention in its lower precision."""
-    dtype = autocast_dtype(tensor.device)
-    if dtype is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
-        return tensor
-    return tensor.to(dtype)
 
 
 def _request(
@@ -243,7 +245,9 @@ def _request(
     scale: float | None,
     **options: Any,
 ) -> AttentionRequest:
-    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+    lower = autocast_dtype(query.device)
+    if lower is not None:  # autocast runs attention in its lower precision
+        query, key, value = (_autocast(tensor, lower) for tensor in (query, key, value))
     if query.dim() == 3:  # heads without a batch
         query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
     bias = allowed = None
@@ -253,11 +257,17 @@ def _request(
         if mask.dtype is torch.bool:
             allowed = mask
         else:
-            bias = _autocast(mask)
+            bias = mask if lower is None else _autocast(mask, lower)
     usual = 1 / math.sqrt(max(query.size(-1), 1))
     return AttentionRequest(
         query, key, value, bias, allowed, scale=usual if scale is None else float(scale), **options
     )
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        return tensor
+    return tensor.to(dtype)
 
 
 def _check_dimensions(tensors: dict[str, Tensor], wanted: int) -> None:
@@ -279,20 +289,30 @@ def _starts(side: str, starts: Tensor, longest: int | None) -> Tensor:
             raise ValueError(
                 f"max_seqlen_{side} must be at least {found}, the longest sequence, got {longest}"
             )
-    return starts.to(torch.int32)
+    return _narrowed(f"cu_seqlens_{side}", starts)
+
+
+def _narrowed(name: str, numbers: Tensor) -> Tensor:
+    """As int32, which kernels read."""
+    narrow = numbers.to(torch.int32)
+    if not torch.compiler.is_compiling() and not torch.equal(narrow.to(numbers.dtype), numbers):
+        raise ValueError(f"{name} must fit 32 bits, got {numbers.tolist()}")
+    return narrow
 
 
 def _used_keys(lengths: int | Tensor | None, batch: int) -> Tensor | None:
     if lengths is None:
         return None
+    if isinstance(lengths, int):
+        lengths = torch.full((batch,), lengths)
     if not isinstance(lengths, Tensor):
-        return torch.full((batch,), lengths, dtype=torch.int32)
+        raise ValueError(f"cache_seqlens must be a number or int32 or int64 [batch], got {lengths}")
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cache_seqlens must be a number or int32 or int64 [batch], got {lengths.dtype} "
             f"{tuple(lengths.shape)}"
         )
-    return lengths.to(torch.int32)
+    return _narrowed("cache_seqlens", lengths)
 
 
 def _nested(
@@ -307,10 +327,12 @@ def _nested(
     """Of jagged tensors ``[batch, heads, ragged, features]``; None: that is torch's."""
     if mask is not None or not 0 <= dropout < 1:
         return None
-    if not all(map(_is_jagged, (query, key, value))) or query.size(1) != key.size(1):
+    nested: Any = query, key, value  # torch types what nested tensors add nowhere
+    if not all(map(_is_jagged, nested)) or query.shape[:2] != key.shape[:2]:
         return None
-    nested: Any = query, key  # torch types what nested tensors add nowhere
-    starts, key_starts = (tensor.offsets() for tensor in nested)
+    starts, key_starts, value_starts = (tensor.offsets() for tensor in nested)
+    if key.shape[:2] != value.shape[:2] or not torch.equal(key_starts, value_starts):
+        return None
     q, k, v = (tensor.values().unsqueeze(0) for tensor in (query, key, value))
     request = _request(
         q, k, v, None, scale, query_starts=starts.to(torch.int32),

@@ -28,7 +28,7 @@ _DIFFERENTIABLE = tuple(map(_NAMES.index, ("query", "key", "value", "bias", "sin
 LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)")
 LIBRARY.define(
     "attention_backward(Tensor output_gradient, Tensor output, Tensor logsumexp, bool bias_wanted, "
-    f"bool sinks_wanted, {_ARGUMENTS}) -> Tensor[]"
+    f"bool sinks_wanted, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 torch.library.impl(LIBRARY, "attention", "CPU")(
     lambda *arguments: cpu_attention.run_forward(AttentionRequest(*arguments))
@@ -58,13 +58,14 @@ def _fake_backward(
     bias_wanted: bool,
     sinks_wanted: bool,
     *arguments: Any,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     request = AttentionRequest(*arguments)
     inputs = request.query, request.key, request.value
     gradients = [cpu_attention.empty_gradient(tensor) for tensor in inputs]
-    more = (request.bias, bias_wanted), (request.sinks, sinks_wanted)
-    gradients += [t.new_empty(t.shape) for t, wanted in more if wanted and t is not None]
-    return gradients
+    for tensor, wanted in (request.bias, bias_wanted), (request.sinks, sinks_wanted):
+        shape = tensor.shape if wanted and tensor is not None else (0,)
+        gradients.append((request.query if tensor is None else tensor).new_empty(shape))
+    return tuple(gradients)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -83,14 +84,15 @@ def _gradients(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Any
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         request = AttentionRequest(*tensors, *ctx.numbers)
         places = [place for place, want in zip(_DIFFERENTIABLE, wanted, strict=True) if want]
-        found = _differentiable_gradients(gradient, request, [tensors[place] for place in places])
+        leaves = {_NAMES[place]: tensors[place] for place in places}
+        found = _differentiable_gradients(gradient, request, leaves)
     else:
-        places = [place for place in _DIFFERENTIABLE if place < 3 or ctx.needs_input_grad[place]]
+        places = list(_DIFFERENTIABLE)
         found = torch.ops.fastopt.attention_backward(
             gradient, output, logsumexp, *wanted[3:], *tensors, *ctx.numbers
         )
     for place, own in zip(places, found, strict=True):
-        results[place] = own
+        results[place] = own if ctx.needs_input_grad[place] else None
     return tuple(results)
 
 
@@ -100,19 +102,23 @@ torch.library.register_autograd(
 
 
 def _differentiable_gradients(
-    gradient: Tensor, request: AttentionRequest, leaves: list[Tensor]
+    gradient: Tensor, request: AttentionRequest, leaves: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """The same gradients by torch's operations, for derivatives of higher order."""
     with torch.enable_grad():
-        output, _ = reference_attention(request)
+        # Aliases: one leaf may have been made from another, which is not this call's to follow.
+        aliases = {name: tensor.view_as(tensor) for name, tensor in leaves.items()}
+        output, _ = reference_attention(dataclasses.replace(request, **aliases))
         return torch.autograd.grad(
-            output, leaves, gradient, create_graph=True, materialize_grads=True
+            output, list(aliases.values()), gradient, create_graph=True, materialize_grads=True
         )
 
 
 def with_seed(request: AttentionRequest) -> AttentionRequest:
     """The request with a seed drawn from torch's generator of the CPU."""
-    return dataclasses.replace(request, seed=torch.empty((), dtype=torch.int64).random_())
+    # Not random_(): Dynamo does not know it.
+    seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64)
+    return dataclasses.replace(request, seed=seed)
 
 
 def attention(
@@ -139,6 +145,8 @@ def attention(
     if request.dropout > 0 and request.seed is None:
         request = with_seed(request)
     if chosen == "reference":
+        if request.query_starts is not None or request.used_keys is not None:
+            cpu_attention.check(request)
         return reference_attention(request)
     if _nobody_watches(request):
         return cpu_attention.run_forward(request)
@@ -147,10 +155,10 @@ def attention(
 
 
 def _nobody_watches(request: AttentionRequest) -> bool:
-    """Neither autograd nor a mode nor the profiler: a short call need not pay for the operator."""
+    """Neither autograd nor a mode, profiler or tracer: a short call need not pay the operator."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._autograd._profiler_enabled():
+    if torch._C._autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
         return False
     leaves = request.query, request.key, request.value, request.bias, request.sinks
     return not torch.is_grad_enabled() or not any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,8 +98,14 @@ def _differentiable_gradients(
     gradients: Sequence[Tensor | None], layer: LstmRequest, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same gradients by torch's operations step by step, for derivatives of higher order."""
-    everything = [layer.input, layer.initial_hidden, layer.initial_cell, *layer.weights]
     with torch.enable_grad(), torch.backends.mkldnn.flags(enabled=False):
+        # Aliases: one tensor may have been made from another, which is not this call's to follow.
+        given = [layer.input, layer.initial_hidden, layer.initial_cell, *layer.weights]
+        everything = [tensor.view_as(tensor) for tensor in given]
+        layer = dataclasses.replace(
+            layer, input=everything[0], initial_hidden=everything[1], initial_cell=everything[2],
+            weights=everything[3:],
+        )  # fmt: skip
         outputs = stock_lstm(layer, dropout=0.0, training=False)
         used = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
         return list(
