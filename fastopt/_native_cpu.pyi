@@ -50,7 +50,7 @@ class AttentionTensors:
 
 def attention_check(layer: AttentionTensors) -> None: ...
 def attention_forward(
-    layer: AttentionTensors, output: Tensor, logsumexp: Tensor, threads: int
+    layer: AttentionTensors, output: Tensor, logsumexp: Tensor, inference: bool, threads: int
 ) -> None: ...
 def attention_backward(
     layer: AttentionTensors,

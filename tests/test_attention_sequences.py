@@ -80,6 +80,22 @@ def test_sequences_agree_with_the_reference(name: str, dtype: torch.dtype) -> No
     assert_same(results(given, "cpu", **options), expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sequences_of_few_queries_over_caches(dtype: torch.dtype) -> None:
+    """As in decoding a batch of texts: one or some tokens each, and what is cached of each."""
+    lengths, room, used = [1, 0, 4, 2], [20, 30, 600, 5], [17, 30, 555, 5]
+    query, key, value, _ = rows(dtype, sum(lengths), sum(room))
+    options: dict[str, Any] = {
+        "cu_seqlens_q": starts(lengths), "cu_seqlens_k": starts(room), "causal": True,
+        "cache_seqlens": torch.tensor(used), "return_lse": True,
+    }  # fmt: skip
+    output, logsumexp = attention(query, key, value, backend="cpu", **options)
+    wide = [tensor.double() for tensor in (query, key, value)]
+    truth, sums = attention(*wide, backend="reference", **options)
+    actual = {"output": output, "logsumexp": logsumexp}
+    assert_same(actual, {"output": truth, "logsumexp": sums}, dtype)
+
+
 def test_each_sequence_is_as_alone() -> None:
     query, key, value, _ = rows(torch.float64)
     output, logsumexp = attention(
@@ -133,6 +149,9 @@ def test_a_cache_is_used_as_far_as_it_is_filled(queries: int) -> None:
             assert not mine[name][:, :, count:].any()
             mine[name] = mine[name][:, :, :count]
         assert_same(mine, alone, torch.float32)
+    filled = torch.tensor(used)
+    decoded = attention(query, key, value, cache_seqlens=filled, causal=True, attn_mask=mask)
+    assert_matches(decoded, actual["output"], op="attention", dtype=torch.float32)
     whole = attention(query, key, value, cache_seqlens=50)
     assert torch.equal(whole, attention(query, key[:, :, :50], value[:, :, :50]))
 
@@ -146,6 +165,10 @@ def test_few_queries_over_keys_that_are_split(group: int, dtype: torch.dtype) ->
     options = {"causal": True, "dropout_p": 0.1, "learnable_sink": torch.randn(2 * group)}
     expected = results([query, key, value, gradient], "reference", **options)
     assert_same(results([query, key, value, gradient], "cpu", **options), expected, dtype)
+    torch.manual_seed(3)
+    output, logsumexp = attention(query, key, value, return_lse=True, backend="cpu", **options)
+    decoded = {"output": output, "logsumexp": logsumexp}
+    assert_same(decoded, {name: expected[name] for name in decoded}, dtype)
 
 
 def test_bits_do_not_depend_on_the_threads() -> None:
@@ -200,7 +223,7 @@ def test_opcheck_of_every_tensor() -> None:
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
     slopes, sinks = torch.rand(len(QUERIES), HEADS), torch.rand(HEADS, requires_grad=True)
     others = (slopes, sinks, starts(QUERIES), starts(KEYS), torch.tensor([9, 2, 40, 0, 70]))
-    numbers = (0.2, 0.5, 0.0, -1, 0, True)
+    numbers = (0.2, 0.5, 0.0, -1, 0, True, False)
     arguments = (*inputs, None, None, *[t.int() if t.dtype is torch.int64 else t for t in others])
     torch.library.opcheck(torch.ops.fastopt.attention, (*arguments, torch.tensor(3), *numbers))
 

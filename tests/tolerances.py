@@ -71,6 +71,12 @@ def assert_no_worse_than_stock(actual: Tensor, stock: Tensor, truth: Tensor) -> 
     assert (ours <= limit).all(), f"error {ours.max()} against stock's {theirs.max()}"
 
 
+def assert_as_near_as_stock(actual: Tensor, stock: Tensor, truth: Tensor) -> None:
+    """Holds the root mean square of many errors to twice stock's: the largest one is luck."""
+    ours, theirs = ((t.double() - truth).square().mean().sqrt() for t in (actual, stock))
+    assert ours <= ERROR_RATIO * theirs, f"error {ours} against stock's {theirs}"
+
+
 def assert_rounds_like_operands(actual: Tensor, expected: Tensor, size: Tensor) -> None:
     """Holds a result of rounded factors to a few units in the last place of terms of a size."""
     eps = torch.finfo(actual.dtype).eps

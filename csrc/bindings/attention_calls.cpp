@@ -251,13 +251,14 @@ struct CheckedAttention {
 void attention_check(const AttentionTensors& given) { CheckedAttention(given, 1); }
 
 void attention_forward(const AttentionTensors& given, py::object output, py::object logsumexp,
-                       int threads) {
+                       bool inference, int threads) {
   const CheckedAttention checked(given, threads);
   AttentionForward call{};
   call.layer = checked.layer;
   call.output =
       checked.in_sequences(written(output, "output", checked.output_sizes(), checked.dtype));
   call.logsumexp = checked.logsumexp(logsumexp);
+  call.inference = inference;
   py::gil_scoped_release released;
   chosen_instruction_set().attention->forward(call);
 }

@@ -22,7 +22,7 @@ struct AttentionTensors {
 // Throws what the calls below throw where the tensors do not fit each other.
 void attention_check(const AttentionTensors& given);
 void attention_forward(const AttentionTensors& given, pybind11::object output,
-                       pybind11::object logsumexp, int threads);
+                       pybind11::object logsumexp, bool inference, int threads);
 // `gradients` are those of query, key and value, of the bias or None, and of the sinks in each
 // sequence, [batch, heads], or None.
 void attention_backward(const AttentionTensors& given, pybind11::object output,

@@ -96,7 +96,7 @@ PYBIND11_MODULE(_native_cpu, m) {
            py::arg("right"), py::arg("bottom_right"), py::arg("dropout"), py::arg("seed"));
   m.def("attention_check", &attention_check, py::arg("layer"));
   m.def("attention_forward", &attention_forward, py::arg("layer"), py::arg("output"),
-        py::arg("logsumexp"), py::arg("threads"));
+        py::arg("logsumexp"), py::arg("inference"), py::arg("threads"));
   m.def("attention_backward", &attention_backward, py::arg("layer"), py::arg("output"),
         py::arg("logsumexp"), py::arg("output_gradient"), py::arg("gradients"), py::arg("threads"));
   m.def("attention_random_words", &attention_random_words, py::arg("seed"), py::arg("head"),

@@ -23,7 +23,7 @@ void run(Pass&& pass) {
 template <class Storage>
 void run_forward(const AttentionForward& call) {
   using Decode = AttentionDecodePass<Storage>;
-  if (Decode::takes(call.layer)) return run(Decode(call));
+  if (Decode::takes(call)) return run(Decode(call));
   run(AttentionForwardPass<Storage>(call));
 }
 

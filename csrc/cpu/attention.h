@@ -50,6 +50,7 @@ struct AttentionLayer {
 struct AttentionForward {
   AttentionLayer layer;
   AttentionTensor output, logsumexp;
+  bool inference;  // no backward pass follows, which would have to meet the same scores
 };
 
 struct AttentionBackward {

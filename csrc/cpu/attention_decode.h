@@ -19,7 +19,10 @@ class AttentionDecodePass {
   static constexpr int64_t kTileKeys = 256;
   static constexpr int64_t kEnoughTasks = 32, kMostSplits = 16;
 
-  static bool takes(const AttentionLayer& layer) { return layer.queries <= kMostQueries; }
+  // Scores are summed in another order than in the backward pass: of large ones that is to be seen.
+  static bool takes(const AttentionForward& call) {
+    return call.inference && call.layer.queries <= kMostQueries;
+  }
 
   explicit AttentionDecodePass(const AttentionForward& call) : call_(call) {
     const AttentionLayer& layer = call.layer;

@@ -204,6 +204,7 @@ class AttentionRequest:
         left: Negative: no bound.
         right: Negative: no bound.
         bottom_right: Where queries stand.
+        inference: No gradient will be asked for: a faster order of the sums is as good.
     """
 
     query: Tensor
@@ -223,6 +224,7 @@ class AttentionRequest:
     left: int = -1
     right: int = -1
     bottom_right: bool = False
+    inference: bool = False
 
     @property
     def device(self) -> torch.device:

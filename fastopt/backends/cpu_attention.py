@@ -131,8 +131,9 @@ def _is_empty(request: AttentionRequest) -> bool:
     return 0 in (request.query.size(0), request.query.size(2), request.key.size(2))
 
 
-def run_forward(request: AttentionRequest) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp."""
+def run_forward(request: AttentionRequest, inference: bool = False) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp; ``inference``: as in the request."""
+    inference = inference or request.inference
     output = empty_output(request.query, request.value)
     logsumexp = torch.empty(request.query.shape[:3], dtype=compute_dtype(output.dtype))
     if _is_empty(request):
@@ -140,7 +141,7 @@ def run_forward(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         logsumexp.copy_(torch.as_tensor(nothing))
         return output.zero_(), logsumexp
     threads = torch.get_num_threads()
-    _native_cpu.attention_forward(_layer(request), output, logsumexp, threads)
+    _native_cpu.attention_forward(_layer(request), output, logsumexp, inference, threads)
     return output, logsumexp
 
 

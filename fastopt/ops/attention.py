@@ -19,7 +19,8 @@ LIBRARY = torch.library.Library("fastopt", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, Tensor? slopes, "
     "Tensor? sinks, Tensor? query_starts, Tensor? key_starts, Tensor? used_keys, Tensor? seed, "
-    "float dropout, float scale, float softcap, int left, int right, bool bottom_right"
+    "float dropout, float scale, float softcap, int left, int right, bool bottom_right, "
+    "bool inference"
 )
 _NAMES = [field.name for field in dataclasses.fields(AttentionRequest)]
 _TENSORS = _NAMES.index("dropout")
@@ -148,19 +149,26 @@ def attention(
         if request.query_starts is not None or request.used_keys is not None:
             cpu_attention.check(request)
         return reference_attention(request)
-    if _nobody_watches(request):
-        return cpu_attention.run_forward(request)
+    if not _wants_gradients(request):
+        if _nobody_watches():
+            return cpu_attention.run_forward(request, inference=True)
+        request = dataclasses.replace(request, inference=True)
     output, logsumexp = torch.ops.fastopt.attention(*[getattr(request, n) for n in _NAMES])
     return output, logsumexp
 
 
-def _nobody_watches(request: AttentionRequest) -> bool:
-    """Neither autograd nor a mode, profiler or tracer: a short call need not pay the operator."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
-        return False
+def _wants_gradients(request: AttentionRequest) -> bool:
     leaves = request.query, request.key, request.value, request.bias, request.sinks
-    return not torch.is_grad_enabled() or not any(
+    return torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in leaves
+    )
+
+
+def _nobody_watches() -> bool:
+    """No mode, profiler or tracer is to see the operator: a short call need not pay for it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
     )
