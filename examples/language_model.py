@@ -58,9 +58,9 @@ class Settings:
 
     recipe: Recipe
     modules: int = 20  # of the standard library, beside its help topics
-    vocabulary: int = 2_048
+    vocabulary: int = 1_024
     context: int = 512
-    batch_size: int = 8
+    batch_size: int = 2
     width: int = 128
     heads: int = 4
     layers: int = 4
@@ -73,7 +73,7 @@ class Settings:
 DEFAULT = Settings(
     Recipe(
         epochs=2,
-        lr=3e-3,
+        lr=2e-3,
         weight_decay=0.1,
         warmup=0.1,
         max_grad_norm=1.0,
@@ -84,9 +84,9 @@ DEFAULT = Settings(
 )
 FULL = replace(
     DEFAULT,
-    recipe=replace(DEFAULT.recipe, lr=2e-3),
-    modules=120,
-    vocabulary=4_096,
+    recipe=replace(DEFAULT.recipe, lr=1e-3),
+    modules=60,
+    vocabulary=2_048,
     width=256,
 )
 SMOKE = replace(

@@ -19,6 +19,7 @@ class AttentionBackwardPass {
   using V = Vec<T>;
   static constexpr int64_t kStrip = Tiling<T>::kTileRows;
   static constexpr int64_t kBlockQueries = 4 * kStrip;
+  static constexpr int64_t kProductsOfThread = 1 << 16;
   static constexpr int64_t kTileKeys = 128;
   static constexpr int64_t kEnoughTasks = 8, kMostSplits = 8;
 
@@ -71,7 +72,7 @@ class AttentionBackwardPass {
     }
   }
 
-  int threads() const { return Walk::threads(layer_); }
+  int threads() const { return Walk::threads(layer_, kProductsOfThread); }
 
   void run(int rank, int size) {
     Scratch& own = scratch_[rank];

@@ -16,6 +16,7 @@ class AttentionDecodePass {
   using Walk = AttentionWalk<Storage>;
   using T = typename Walk::T;
   static constexpr int64_t kMostQueries = 4;
+  static constexpr int64_t kProductsOfThread = 1 << 15;
   static constexpr int64_t kTileKeys = 256;
   static constexpr int64_t kEnoughTasks = 32, kMostSplits = 16;
 
@@ -48,7 +49,7 @@ class AttentionDecodePass {
     }
   }
 
-  int threads() const { return Walk::threads(call_.layer); }
+  int threads() const { return Walk::threads(call_.layer, kProductsOfThread); }
 
   void run(int rank, int size) {
     const AttentionLayer& whole = call_.layer;

@@ -17,6 +17,7 @@ class AttentionForwardPass {
   using F = typename Walk::F;
   static constexpr int64_t kStrip = Tiling<T>::kTileRows;
   static constexpr int64_t kBlockQueries = 8 * kStrip;
+  static constexpr int64_t kProductsOfThread = 1 << 17;
   static constexpr int64_t kTileKeys = 256;
   // Queries that a thread takes at a time, having packed the keys and values for them.
   static constexpr int64_t kTaskQueries = 4 * kBlockQueries;
@@ -41,7 +42,7 @@ class AttentionForwardPass {
     }
   }
 
-  int threads() const { return Walk::threads(call_.layer); }
+  int threads() const { return Walk::threads(call_.layer, kProductsOfThread); }
 
   void run(int rank, int) {
     Scratch& own = scratch_[rank];

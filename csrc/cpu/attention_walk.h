@@ -70,8 +70,12 @@ struct AttentionWalk {
   static constexpr int64_t kPanel = Tiling<T>::kPanel;
   static constexpr int kMostThreads = 64;
 
-  static int threads(const AttentionLayer& layer) {
-    return layer.threads < kMostThreads ? layer.threads : kMostThreads;
+  // A thread is worth waking for so many products of queries with keys and weights with values.
+  static int threads(const AttentionLayer& layer, int64_t products) {
+    const int64_t all = layer.batch * layer.heads * layer.queries * layer.keys *
+                        (layer.features + layer.value_features);
+    const int64_t most = layer.threads < kMostThreads ? layer.threads : kMostThreads;
+    return static_cast<int>(clamped(all / products, 1, most));
   }
 
   // Keys of a tile, from the edge of a panel on, in whole words of factors.
