@@ -578,6 +578,8 @@ def test_masks_of_other_dimensions_are_refused_as_by_stock(
     ("options", "text"),
     [
         ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
+        ({"window_size": 5}, r"window_size must be a pair of numbers from -1 on, got 5"),
+        ({"backend": "gpu"}, "gpu"),
         ({"window_size": (3, -2)}, r"window_size must be .* from -1 on, got \(3, -2\)"),
         ({"attn_mask": torch.zeros(4)}, r"attn_mask must have 2 to 4 dimensions, got \(4,\)"),
         ({"softcap": -1.0}, "softcap must be finite and not negative, got -1.0"),
@@ -588,6 +590,21 @@ def test_what_is_out_of_range_is_named(options: dict[str, Any], text: str) -> No
     inputs = [torch.randn(1, 2, 4, 8) for _ in range(3)]
     with pytest.raises(ValueError, match=text):
         attention(*inputs, **options)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "text"),
+    [
+        ([(4, 2, 8)] * 3, r"query must have 4 dimensions, got shape \(4, 2, 8\)"),
+        ([(1, 2, 4, 8), (1, 2, 5, 8), (1, 2, 4, 8)], "value must have a row for each of key's"),
+        ([(1, 2, 4, 8), (1, 2, 5, 7), (1, 2, 5, 8)], "key must have the features of query"),
+        ([(1, 2, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8)], "key must have the batch of query"),
+        ([(1, 4, 4, 8), (1, 3, 5, 8), (1, 3, 5, 8)], r"heads .* multiple .*key \(1, 3, 5, 8\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes: list[tuple[int, ...]], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        attention(*map(torch.randn, shapes))
 
 
 def test_a_named_backend_does_not_fall_back() -> None:

@@ -284,7 +284,10 @@ def test_other_nested_tensors_are_torchs() -> None:
     ("options", "text"),
     [
         ({"cu_seqlens_k": starts([4])}, "cu_seqlens_k needs cu_seqlens_q"),
-        ({"learnable_sink": torch.ones(3)}, r"learnable_sink must be \[heads\], got \(3,\)"),
+        (
+            {"learnable_sink": torch.ones(3)},
+            r"learnable_sink must be real \[heads\], got torch.float32 \(3,\)",
+        ),
         ({"cache_seqlens": torch.ones(3)}, r"cache_seqlens must .* got torch.float32 \(3,\)"),
         ({"cache_seqlens": 6}, r"cache_seqlens must .*, from 0 to its keys, got \[6\]"),
         ({"cache_seqlens": 2.7}, r"cache_seqlens must be a number or .*, got 2.7"),
@@ -334,6 +337,13 @@ def test_sequences_that_do_not_fit_are_named(
     inputs = [torch.randn(4, 2, 8) for _ in range(3)]
     with pytest.raises(ValueError, match=text):
         attention(*inputs, **options, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "learnable_sink"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    inputs = [torch.randn(4, 2, 8) for _ in range(3)]
+    with pytest.raises(TypeError, match=rf"{name} must be a tensor or None, got \[0, 4\]"):
+        attention(*inputs, **{name: [0, 4]})
 
 
 def test_torch_has_none_of_it() -> None:

@@ -129,14 +129,19 @@ def attention(
         RuntimeError: No backend takes the tensors.
     """
     sequences = cu_seqlens_q is not None
-    _check_dimensions({"query": query, "key": key, "value": value}, 3 if sequences else 4)
+    _check_tensors(
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes,
+        learnable_sink=learnable_sink, attn_mask=attn_mask,
+    )  # fmt: skip
+    _check_shapes(query, key, value, sequences)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and not negative, got {softcap}")
-    left, right = window_size
-    if min(left, right) < -1:
+    pair = isinstance(window_size, tuple | list) and len(window_size) == 2
+    if not pair or min(window_size) < -1:
         raise ValueError(f"window_size must be a pair of numbers from -1 on, got {window_size}")
+    left, right = window_size
     if attn_mask is not None and not 2 <= attn_mask.dim() <= 4:
         raise ValueError(f"attn_mask must have 2 to 4 dimensions, got {tuple(attn_mask.shape)}")
     for name, longest, given in (
@@ -165,8 +170,13 @@ def attention(
                 f"alibi_slopes must be [heads] or [batch, heads], got {tuple(slopes.shape)}"
             )
         slopes = slopes.expand(batch, heads)
-    if learnable_sink is not None and learnable_sink.shape != (heads,):
-        raise ValueError(f"learnable_sink must be [heads], got {tuple(learnable_sink.shape)}")
+    if learnable_sink is not None and not (
+        learnable_sink.shape == (heads,) and learnable_sink.is_floating_point()
+    ):
+        raise ValueError(
+            f"learnable_sink must be real [heads], got {learnable_sink.dtype} "
+            f"{tuple(learnable_sink.shape)}"
+        )
     request = _request(
         query, key, value, attn_mask, scale,
         slopes=slopes, sinks=learnable_sink, query_starts=starts, key_starts=key_starts,
@@ -270,11 +280,26 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def _check_dimensions(tensors: dict[str, Tensor], wanted: int) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dim() != wanted:
-            form = "[rows, heads, features] with cu_seqlens_q" if wanted == 3 else "4 dimensions"
+def _check_tensors(**arguments: Any) -> None:
+    for name, argument in arguments.items():
+        if argument is not None and not isinstance(argument, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {argument!r}")
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sequences: bool) -> None:
+    form = "[rows, heads, features] with cu_seqlens_q" if sequences else "4 dimensions"
+    for name, tensor in {"query": query, "key": key, "value": value}.items():
+        if tensor.dim() != (3 if sequences else 4):
             raise ValueError(f"{name} must have {form}, got shape {tuple(tensor.shape)}")
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"value must have a row for each of key's, got {shapes}")
+    if key.size(-1) != query.size(-1):
+        raise ValueError(f"key must have the features of query, got {shapes}")
+    if not sequences and key.size(0) != query.size(0):
+        raise ValueError(f"key must have the batch of query, got {shapes}")
+    if key.size(1) == 0 or query.size(1) % key.size(1):
+        raise ValueError(f"heads of query must be a multiple of those of key, got {shapes}")
 
 
 def _starts(side: str, starts: Tensor, longest: int | None) -> Tensor:

@@ -135,8 +135,11 @@ def attention(
         Output and logsumexp; None where torch is to run it.
 
     Raises:
+        ValueError: No backend is called so.
         RuntimeError: The backend that the user named does not take the tensors.
     """
+    if backend is not None:
+        registry.check_name(backend)
     if torch.compiler.is_compiling():  # Dynamo reads neither context variables nor loggers
         chosen = registry.choose_silently(request, backend or "auto")
     else:
