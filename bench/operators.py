@@ -92,13 +92,13 @@ OF_PEAK = Column(
 )
 MEMORY = Column("memory", lambda case, process: process["figures"].get("memory"), max, ".2f")
 MEBIBYTES = Column(
-    "added, MiB", lambda case, process: process["figures"].get("mebibytes"), max, ",.0f"
+    "fastopt adds, MiB", lambda case, process: process["figures"].get("mebibytes"), max, ",.0f"
 )
 COMPUTE_NOTE = (
     "Training is forward and backward with every gradient. GF/s is useful work, the matrix "
     "products of tokens that are there; next to it is its fraction of the peak of fused "
     "multiply-adds, measured in the same process. Memory is what one training step adds at its "
-    "highest, fastopt's over stock's: below 1, fastopt takes less; in MiB, fastopt's."
+    "highest, fastopt's over stock's: below 1, fastopt takes less."
 )
 
 OPTIMIZERS = Operator(

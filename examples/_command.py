@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-from _contest import CheckpointError, Recipe
+import torch
+from _contest import CheckpointError, Recipe, Record
 from _corpus import DataError
+from _report import draw_losses
 from rich.console import Console
 
 
@@ -47,15 +50,21 @@ def settings_of(options: argparse.Namespace, default: Any, full: Any, smoke: Any
 
 
 def run_command(
-    run: Callable[[argparse.Namespace, Console], None], options: argparse.Namespace
+    run: Callable[[argparse.Namespace, Console], Mapping[str, Record]], options: argparse.Namespace
 ) -> int:
-    """Runs a program; what the user can mend ends it with a line and status 2."""
+    """Runs a program and draws what it recorded; what the user can mend ends it with status 2."""
+    start = perf_counter()
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a log file need not wrap the tables at 80 columns
     try:
-        run(options, console)
+        records = run(options, console)
     except (DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    draw_losses(records, options.plot)
+    console.print(f"plot: {options.plot}", soft_wrap=True)
+    if options.checkpoint:
+        console.print(f"checkpoint: {options.checkpoint}", soft_wrap=True)
+    console.print(f"{perf_counter() - start:.0f} s in all, {torch.get_num_threads()} threads")
     return 0

@@ -183,12 +183,12 @@ def cross_entropy_of(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Returns logits [examples, classes] and targets [examples], in the order of the batches."""
+def predict(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """Returns logits [examples, classes], in the order of the batches."""
     model.eval()
     logits = torch.cat([model(batch.inputs) for batch in batches])
     model.train()
-    return logits, torch.cat([batch.targets for batch in batches])
+    return logits
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ class Contest:
     Attributes:
         recipe: How each of them trains.
         make_model: A contender's model, after torch's seed has been set.
-        batches_of: The batches of an epoch, as many in each.
+        batches_of: The batches of an epoch.
+        steps_per_epoch: How many they are, in every epoch.
         validation: What is evaluated after an epoch.
         origin: All that a checkpoint must have been made with.
         unit: What a target is, in the plural.
@@ -207,6 +208,7 @@ class Contest:
     recipe: Recipe
     make_model: Callable[[Contender], nn.Module]
     batches_of: Callable[[int], list[Batch]]
+    steps_per_epoch: int
     validation: Sequence[Batch]
     origin: dict[str, Any]
     unit: str = "examples"
@@ -215,7 +217,7 @@ class Contest:
         self, contenders: Sequence[Contender], checkpoint: Path | None, resume: bool
     ) -> dict[str, Trainee]:
         """Trains all of them, and writes the checkpoint after each epoch."""
-        steps = self.recipe.epochs * len(self.batches_of(0))
+        steps = self.recipe.epochs * self.steps_per_epoch
         trainees = []
         for contender in contenders:
             torch.manual_seed(self.recipe.seed)

@@ -11,18 +11,18 @@ write it, stock at its best, fastopt's Adam, fastopt's LSTM and both see the sam
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from _command import make_parser, parse, run_command, settings_of
-from _contest import Batch, Contender, Contest, Recipe, Trainee, chunks, predict
+from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks, predict
 from _corpus import (
     Corpus,
     Example,
@@ -33,7 +33,7 @@ from _corpus import (
     read_csv,
     split,
 )
-from _report import corpus_table, draw_losses, parity_table, quality_table, timing_table
+from _report import corpus_table, parity_table, quality_table, timing_table
 from _tail import FusedTail
 from numpy.typing import NDArray
 from rich.console import Console
@@ -297,13 +297,14 @@ def contest_of(task: Task, settings: Settings) -> Contest:
 
     validation = task.validation.ordered(EVALUATION_BATCH)
     origin = asdict(settings) | {"labels": task.labels, "tokenizer": task.tokenizer.to_str()}
-    return Contest(settings.recipe, make_model, batches_of, validation, origin)
+    steps = math.ceil(len(task.train.texts) / settings.batch_size)
+    return Contest(settings.recipe, make_model, batches_of, steps, validation, origin)
 
 
 def predicted_targets(trainee: Trainee, texts: EncodedTexts) -> NDArray[np.int64]:
     """Returns what the best model of a contender answers, in the order of the texts."""
     trainee.restore_best()
-    logits, _ = predict(trainee.model, texts.ordered(EVALUATION_BATCH))
+    logits = predict(trainee.model, texts.ordered(EVALUATION_BATCH))
     answers = np.empty_like(texts.by_length)
     answers[texts.by_length] = logits.argmax(1).numpy()
     return answers
@@ -330,8 +331,7 @@ def load(path: Path | None, settings: Settings) -> Corpus:
     return largest_labels(corpus, settings.max_labels) if settings.max_labels else corpus
 
 
-def run(options: argparse.Namespace, console: Console) -> None:
-    start = perf_counter()
+def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     settings = settings_of(options, DEFAULT, FULL, SMOKE)
     corpus = load(options.data, settings)
     parts = split(corpus.examples, options.seed)
@@ -347,11 +347,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     answers["character n-grams, logistic regression"] = baseline_targets(parts, task.labels)
     console.print(quality_table(answers, task.test.targets.numpy(), records))
 
-    draw_losses(records, options.plot)
-    console.print(f"plot: {options.plot}", soft_wrap=True)
-    if options.checkpoint:
-        console.print(f"checkpoint: {options.checkpoint}", soft_wrap=True)
-    console.print(f"{perf_counter() - start:.0f} s in all, {torch.get_num_threads()} threads")
+    return records
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

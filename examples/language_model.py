@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _command import make_parser, parse, run_command, settings_of
-from _contest import Batch, Contender, Contest, Recipe, Trainee
+from _contest import Batch, Contender, Contest, Recipe, Record, Trainee
 from _corpus import DataError
 from _library import Document, Library, hold_out, read_files, read_library
-from _report import draw_losses, parity_table, timing_table
+from _report import parity_table, timing_table
 from _tail import FusedTail
 from rich.console import Console
 from rich.panel import Panel
@@ -267,7 +267,8 @@ def contest_of(task: Task, settings: Settings) -> Contest:
     held_out = windows(task.validation, settings.context)
     validation = [Batch(*part) for part in zip(*(t.split(8) for t in held_out), strict=True)]
     origin = asdict(settings) | {"tokenizer": task.tokenizer.to_str()}
-    return Contest(settings.recipe, make_model, batches_of, validation, origin, "tokens")
+    steps = (len(task.train) - 1) // settings.context // settings.batch_size
+    return Contest(settings.recipe, make_model, batches_of, steps, validation, origin, "tokens")
 
 
 def data_table(library: Library, task: Task) -> Table:
@@ -326,8 +327,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parse(parser, arguments)
 
 
-def run(options: argparse.Namespace, console: Console) -> None:
-    start = perf_counter()
+def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     settings: Settings = settings_of(options, DEFAULT, FULL, SMOKE)
     if options.prompt:
         settings = replace(settings, prompt=options.prompt)
@@ -348,11 +348,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     table, texts = write_both_ways(model, task, settings)
     console.print(table, Panel(Text(texts["fastopt"]), title="fastopt writes", title_align="left"))
 
-    draw_losses(records, options.plot)
-    console.print(f"plot: {options.plot}", soft_wrap=True)
-    if options.checkpoint:
-        console.print(f"checkpoint: {options.checkpoint}", soft_wrap=True)
-    console.print(f"{perf_counter() - start:.0f} s in all, {torch.get_num_threads()} threads")
+    return records
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -218,10 +218,12 @@ def test_gradcheck_of_sequences_and_sinks() -> None:
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
-def test_opcheck_of_every_tensor() -> None:
+@pytest.mark.parametrize("learned", [True, False])
+def test_opcheck_of_every_tensor(learned: bool) -> None:
     query, key, value, _ = (tensor.transpose(0, 1)[None] for tensor in rows(torch.float32))
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    slopes, sinks = torch.rand(len(QUERIES), HEADS), torch.rand(HEADS, requires_grad=True)
+    slopes, sinks = torch.rand(len(QUERIES), HEADS), torch.rand(HEADS, dtype=torch.float64)
+    sinks.requires_grad_(learned)
     others = (slopes, sinks, starts(QUERIES), starts(KEYS), torch.tensor([9, 2, 40, 0, 70]))
     numbers = (0.2, 0.5, 0.0, -1, 0, True, False)
     arguments = (*inputs, None, None, *[t.int() if t.dtype is torch.int64 else t for t in others])

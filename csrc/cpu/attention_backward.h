@@ -229,7 +229,7 @@ class AttentionBackwardPass {
     T sum = 0;
     for (int64_t i = 0; i < call.layer.queries; ++i) {
       const T logsumexp = *row_of<const T>(call.logsumexp, head, i);
-      if (logsumexp == Gathered<T>::kNever) continue;
+      if (logsumexp == kNever<T>) continue;
       sum -= exponential<T>(sink - logsumexp) * own.deltas[i];
     }
     static_cast<T*>(call.sink_gradient)[head] = sum;
@@ -324,7 +324,7 @@ class AttentionBackwardPass {
     const AttentionLayer& layer = call.layer;
     const int64_t count = seen.end - seen.begin;
     const T logsumexp = *row_of<const T>(call.logsumexp, head, query);
-    if (logsumexp == Gathered<T>::kNever) {
+    if (logsumexp == kNever<T>) {
       store_zeros(weights, count);
       store_zeros(gradients, count);
       return;

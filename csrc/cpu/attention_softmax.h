@@ -80,12 +80,15 @@ struct DropoutScratch {
   }
 };
 
+// The score of a key that is not seen.
+template <class T>
+constexpr T kNever = -std::numeric_limits<T>::infinity();
+
 // One row of scores.
 template <class Storage>
 struct ScoreRow {
   using T = ComputeType<Storage>;
   using V = Vec<T>;
-  static constexpr T kNever = -std::numeric_limits<T>::infinity();
 
   T scale, softcap, slope;
   T center;  // the key at no distance, for slopes
@@ -129,7 +132,7 @@ struct ScoreRow {
       result = result - magnitude(distance) * slope;
     }
     if (bias) result = result + load_up_to(bias + column, left);
-    if (allowed) result = unless_zero(load_up_to(allowed + column, left), result, kNever);
+    if (allowed) result = unless_zero(load_up_to(allowed + column, left), result, kNever<T>);
     return result;
   }
 
@@ -157,9 +160,7 @@ HOST_DEVICE V exponential_of(V difference, T factor) {
 // largest score so far has the weight 1. Scores are `factor` times what is given for them.
 template <class T>
 struct Gathered {
-  static constexpr T kNever = -std::numeric_limits<T>::infinity();
-
-  T largest = kNever, sum = 0;
+  T largest = kNever<T>, sum = 0;
 
   // The largest score may only grow.
   void grow_to(T score, T factor, T* values, int64_t features) {
@@ -221,29 +222,27 @@ class RowOfWeights {
   }
 
  private:
-  static constexpr T kNever = Gathered<T>::kNever;
-
   template <bool kPlain>
   void weigh(Range seen, T* scores, F* weights, Gathered<T>& gathered, T* values) const {
     const int64_t count = seen.end - seen.begin, whole = rounded_down(count, V::kWidth);
-    V most = V{} + kNever;
-    if (kPlain) store(scores + count, V{} + kNever);
+    V most = V{} + kNever<T>;
+    if (kPlain) store(scores + count, V{} + kNever<T>);
     for (int64_t j = 0; j < count; j += V::kWidth) {
       V score = load_as<V>(scores + j);
       if (!kPlain) {
         score = scores_.template score<false>(score, seen.begin + j, count - j);
         store(scores + j, score);
         if (j == whole) {
-          store(scores + count, V{} + kNever);
+          store(scores + count, V{} + kNever<T>);
           score = load_as<V>(scores + j);
         }
       }
       most = at_least(most, score);  // a NaN is passed over: the weights carry it
     }
     T largest = largest_lane(most);
-    if (largest == kNever) {  // none of them is allowed, unless one is a NaN
+    if (largest == kNever<T>) {  // none of them is allowed, unless one is a NaN
       T sum = 0;
-      for (int64_t j = 0; j < count; ++j) sum += scores[j] == kNever ? T(0) : scores[j];
+      for (int64_t j = 0; j < count; ++j) sum += scores[j] == kNever<T> ? T(0) : scores[j];
       for (int64_t j = 0; j < count; ++j) store(weights + j, sum);
       gathered.sum += sum;
       return;
@@ -283,7 +282,7 @@ void finish_row(const AttentionForward& call, int64_t head, int64_t query, Gathe
   if (layer.sinks) {
     Gathered<T> sink;
     sink.largest = static_cast<const T*>(layer.sinks)[head];
-    sink.sum = sink.largest == Gathered<T>::kNever ? T(0) : T(1);
+    sink.sum = sink.largest == kNever<T> ? T(0) : T(1);
     gathered.add(sink, T(1), values, nullptr, layer.value_features);
   }
   const T sum = gathered.sum, inverse = sum == 0 ? T(0) : 1 / sum;
@@ -291,8 +290,7 @@ void finish_row(const AttentionForward& call, int64_t head, int64_t query, Gathe
   for_each_lanes<T>(layer.value_features, [&](int64_t j, auto lanes) {
     store(output + j, load_as<decltype(lanes)>(values + j) * inverse);
   });
-  *row_of<T>(call.logsumexp, head, query) =
-      sum == 0 ? Gathered<T>::kNever : gathered.largest + std::log(sum);
+  *row_of<T>(call.logsumexp, head, query) = sum == 0 ? kNever<T> : gathered.largest + std::log(sum);
 }
 
 FASTOPT_END_NAMESPACE

@@ -331,32 +331,18 @@ struct Lanes<Vec<T>, uint8_t> {
   }
 };
 
-// 0, 1, 2, ...; of a scalar 0.
-template <class V>
-struct LaneNumbers {
-  static HOST_DEVICE V get() { return V(0); }
-};
-template <class T>
-struct LaneNumbers<Vec<T>> {
-  static HOST_DEVICE Vec<T> get() {
-    Vec<T> result;
-    for (int i = 0; i < Vec<T>::kWidth; ++i) result.value[i] = static_cast<T>(i);
-    return result;
-  }
-};
+// 0, 1, 2, ...
 template <class V>
 HOST_DEVICE V lane_numbers() {
-  return LaneNumbers<V>::get();
+  V result;
+  for (int i = 0; i < V::kWidth; ++i) result.value[i] = i;
+  return result;
 }
 
 template <class T>
 HOST_DEVICE Vec<T> unless_zero(Vec<T> gate, Vec<T> value, T otherwise) {
   const typename Vec<T>::Native others = typename Vec<T>::Native{} + otherwise;
   return {gate.value != 0 ? value.value : others};
-}
-template <class T>
-HOST_DEVICE T unless_zero(T gate, T value, T otherwise) {
-  return gate != 0 ? value : otherwise;
 }
 
 // All lanes in one, by halves.

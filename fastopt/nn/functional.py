@@ -125,6 +125,7 @@ def attention(
         that sees no key.
 
     Raises:
+        TypeError: An argument that is to be a tensor is none.
         ValueError: An argument is out of its range or has another shape.
         RuntimeError: No backend takes the tensors.
     """
@@ -330,14 +331,12 @@ def _used_keys(lengths: int | Tensor | None, batch: int) -> Tensor | None:
         return None
     if isinstance(lengths, int):
         lengths = torch.full((batch,), lengths)
-    if not isinstance(lengths, Tensor):
-        raise ValueError(f"cache_seqlens must be a number or int32 or int64 [batch], got {lengths}")
-    if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cache_seqlens must be a number or int32 or int64 [batch], got {lengths.dtype} "
-            f"{tuple(lengths.shape)}"
-        )
-    return _narrowed("cache_seqlens", lengths)
+    found: Any = lengths
+    if isinstance(lengths, Tensor):
+        if lengths.shape == (batch,) and lengths.dtype in (torch.int32, torch.int64):
+            return _narrowed("cache_seqlens", lengths)
+        found = f"{lengths.dtype} {tuple(lengths.shape)}"
+    raise ValueError(f"cache_seqlens must be a number or int32 or int64 [batch], got {found}")
 
 
 def _nested(

@@ -64,8 +64,10 @@ def _fake_backward(
     inputs = request.query, request.key, request.value
     gradients = [cpu_attention.empty_gradient(tensor) for tensor in inputs]
     for tensor, wanted in (request.bias, bias_wanted), (request.sinks, sinks_wanted):
-        shape = tensor.shape if wanted and tensor is not None else (0,)
-        gradients.append((request.query if tensor is None else tensor).new_empty(shape))
+        if wanted and tensor is not None:
+            gradients.append(tensor.new_empty(tensor.shape))
+        else:
+            gradients.append(request.query.new_empty(0))
     return tuple(gradients)
 
 
