@@ -441,14 +441,27 @@ def test_opcheck() -> None:
     inputs = [torch.randn(1, 2, n, 3, requires_grad=True) for n in (4, 5, 5)]
     bias = torch.randn(1, 1, 4, 5, requires_grad=True)
     nothing = (None,) * 6
-    arguments = (*inputs, bias, *nothing, torch.tensor(3), 0.2, 0.5, 0.0, -1, 0, False, False)
+    arguments = (
+        *inputs,
+        bias,
+        *nothing,
+        torch.tensor(3),
+        0.2,
+        0.5,
+        0.0,
+        -1,
+        0,
+        False,
+        False,
+        "cpu",
+    )
     torch.library.opcheck(torch.ops.fastopt.attention, arguments)
 
 
 def test_fake_results_are_laid_out_as_the_real_ones() -> None:
     inputs = [torch.randn(1, 2, 3, n).mT.requires_grad_() for n in (4, 5, 5)]
     bias = torch.randn(1, 1, 1, 5).expand(1, 1, 4, 5).requires_grad_()
-    arguments = (*inputs, bias, *(None,) * 7, 0.0, 0.5, 0.0, -1, -1, False, False)
+    arguments = (*inputs, bias, *(None,) * 7, 0.0, 0.5, 0.0, -1, -1, False, False, "cpu")
     torch.library.opcheck(torch.ops.fastopt.attention, arguments)
 
 

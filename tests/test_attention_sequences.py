@@ -225,7 +225,7 @@ def test_opcheck_of_every_tensor(learned: bool) -> None:
     slopes, sinks = torch.rand(len(QUERIES), HEADS), torch.rand(HEADS, dtype=torch.float64)
     sinks.requires_grad_(learned)
     others = (slopes, sinks, starts(QUERIES), starts(KEYS), torch.tensor([9, 2, 40, 0, 70]))
-    numbers = (0.2, 0.5, 0.0, -1, 0, True, False)
+    numbers = (0.2, 0.5, 0.0, -1, 0, True, False, "cpu")
     arguments = (*inputs, None, None, *[t.int() if t.dtype is torch.int64 else t for t in others])
     torch.library.opcheck(torch.ops.fastopt.attention, (*arguments, torch.tensor(3), *numbers))
 

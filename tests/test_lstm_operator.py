@@ -26,6 +26,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "has_biases": False,
         "packed": None,
         "save": True,
+        "backend": "cpu",
     }
     return fitting | changes
 
@@ -80,7 +81,7 @@ def test_a_gradient_that_does_not_fit_is_refused() -> None:
     short: Tensor = output[1:]
     with pytest.raises(ValueError, match=r"gradient of output must be contiguous, of shape \[4, 3"):
         torch.ops.fastopt.lstm_layer_backward(
-            short, None, None, *layer, output, gates, cells, [True] * 5
+            short, None, None, *layer, output, gates, cells, [True] * 5, "cpu"
         )
 
 

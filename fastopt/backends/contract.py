@@ -336,3 +336,54 @@ class Backend(Protocol):
 
         ``created`` has, by id, the parameters whose state was made for this step.
         """
+
+
+class Kernels(Protocol):
+    """The operators on activations that a backend runs itself, by the schemas in ``ops``."""
+
+    def lstm_forward(
+        self,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        initial_hidden: Tensor,
+        initial_cell: Tensor,
+        weights: Sequence[Tensor],
+        has_biases: bool,
+        packed: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        """One layer: output, final states, and what its backward needs."""
+
+    def lstm_backward(
+        self,
+        output_gradient: Tensor | None,
+        final_hidden_gradient: Tensor | None,
+        final_cell_gradient: Tensor | None,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        initial_hidden: Tensor,
+        initial_cell: Tensor,
+        weights: Sequence[Tensor],
+        has_biases: bool,
+        output: Tensor,
+        saved_gates: Tensor,
+        saved_cells: Tensor,
+        wanted: Sequence[bool],
+    ) -> list[Tensor]:
+        """Gradients of those of input, initial states and weights that are wanted."""
+
+    def attention_forward(
+        self, request: AttentionRequest, inference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Output and logsumexp; ``inference``: as in the request."""
+
+    def attention_backward(
+        self,
+        request: AttentionRequest,
+        output_gradient: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        bias_wanted: bool,
+        sinks_wanted: bool,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of query, key, value, bias and sinks; empty where the last are not wanted."""

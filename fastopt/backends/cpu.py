@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastopt import _native_cpu
+from fastopt.backends import cpu_attention, cpu_lstm
+from fastopt.backends.attention_requests import refuse_attention
 from fastopt.backends.contract import (
     AttentionRequest,
     Created,
@@ -20,8 +22,7 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
-from fastopt.backends.cpu_attention import refuse_attention
-from fastopt.backends.cpu_lstm import refuse_lstm
+from fastopt.backends.lstm_requests import refuse_lstm
 from fastopt.backends.plain_tensors import REAL_DTYPES, refuse_request
 from fastopt.backends.planning import bump_versions, named_refusal, planned_parameters
 
@@ -33,6 +34,10 @@ class CpuBackend:
     """Elementwise updates of all parameters in one parallel region."""
 
     name = "cpu"
+    lstm_forward = staticmethod(cpu_lstm.forward)
+    lstm_backward = staticmethod(cpu_lstm.backward)
+    attention_forward = staticmethod(cpu_attention.forward)
+    attention_backward = staticmethod(cpu_attention.backward)
 
     def supports(self, request: ParameterRequest) -> str | None:
         """Plain tensors on the CPU, of any strides; not what autograd has to record."""
@@ -46,11 +51,11 @@ class CpuBackend:
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """Plain tensors of one dtype on the CPU, of sizes that fit each other."""
-        return MISSING_IN_TORCH or refuse_lstm(request)
+        return MISSING_IN_TORCH or refuse_lstm(request, "cpu")
 
     def supports_attention(self, request: AttentionRequest) -> str | None:
         """Plain tensors of one dtype on the CPU."""
-        return MISSING_IN_TORCH or refuse_attention(request)
+        return MISSING_IN_TORCH or refuse_attention(request, "cpu", REAL_DTYPES)
 
     def plan_optimizer_step(
         self,

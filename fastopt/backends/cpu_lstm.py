@@ -1,96 +1,15 @@
-"""The LSTM of backend ``cpu``: what it takes, and one layer forward and backward."""
+"""The LSTM of backend ``cpu``: one layer forward and backward."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastopt import _native_cpu
-from fastopt.backends.contract import LstmRequest
-from fastopt.backends.plain_tensors import (
-    REAL_DTYPES,
-    autocast_dtype,
-    compute_dtype,
-    not_plain,
-    transformed,
-)
-
-
-def refuse_lstm(request: LstmRequest) -> str | None:
-    """Why the kernels do not run these layers, or None."""
-    if reason := transformed():
-        return reason
-    if request.device.type != "cpu":
-        return f"the input is on {request.device}"
-    casts = autocast_dtype(request.device) is not None
-    # Of these, stock casts some results and not others: that is left to it.
-    if casts and (request.batch_sizes is not None or _is_projected(request)):
-        return "autocast of packed sequences and of projections is torch's"
-    if request.input.dtype not in REAL_DTYPES:
-        return f"no kernel has the dtype {request.input.dtype}"
-    if not torch.compiler.is_compiling():
-        tensors = [request.input, request.initial_hidden, request.initial_cell, *request.weights]
-        for tensor in tensors:
-            if reason := not_plain("a tensor", tensor, "cpu"):
-                return reason
-            if tensor.dtype is not request.input.dtype and not casts:
-                return f"tensors are {request.input.dtype} and {tensor.dtype}"
-    return _refuse_sizes(request)
-
-
-def _is_projected(request: LstmRequest) -> bool:
-    return request.initial_hidden.size(-1) != request.initial_cell.size(-1)
-
-
-def _refuse_sizes(request: LstmRequest) -> str | None:
-    """Sizes that do not fit are for torch to refuse, in its own words."""
-    unfit = "the sizes of input, states and weights do not fit each other"
-    count = 2 + 2 * request.has_biases
-    blocks = request.num_layers * (2 if request.bidirectional else 1)
-    projected = len(request.weights) == (count + 1) * blocks
-    if len(request.weights) != (count + projected) * blocks:
-        return unfit
-    dims, states = 3 if request.batch_sizes is None else 2, request.initial_hidden
-    if request.input.dim() != dims or states.dim() != 3 or request.initial_cell.dim() != 3:
-        return unfit
-    if request.input.numel() == 0 or request.initial_cell.numel() == 0:
-        return "there is nothing to compute"
-    batch, outputs, hidden = states.size(1), states.size(2), request.initial_cell.size(2)
-    if request.batch_sizes is None:
-        if request.input.size(1) != batch:
-            return unfit
-    elif not torch.compiler.is_compiling() and int(request.batch_sizes[0]) != batch:
-        return unfit
-    if request.initial_cell.shape[:2] != states.shape[:2] or states.size(0) != blocks:
-        return unfit
-    if not projected and outputs != hidden:
-        return unfit
-    inputs = request.input.size(-1)
-    directions = 2 if request.bidirectional else 1
-    for block in range(blocks):
-        own = request.weights[block * (count + projected) :][: count + projected]
-        wide = inputs if block < directions else directions * outputs
-        shapes: list[tuple[int, ...]] = [(4 * hidden, wide), (4 * hidden, outputs)]
-        shapes += [(4 * hidden,)] * 2 if request.has_biases else []
-        shapes += [(outputs, hidden)] if projected else []
-        if any(tuple(w.shape) != shape for w, shape in zip(own, shapes, strict=True)):
-            return unfit
-    return None
-
-
-def _with_gaps(tensors: Sequence[Any], directions: int, has_biases: bool) -> list[Any]:
-    """Weights, or what belongs to them, with None for biases and projections that are not there."""
-    count = max(1, len(tensors) // directions)
-    filled: list[Any] = []
-    for first in range(0, len(tensors), count):
-        own = list(tensors[first : first + count])
-        if not has_biases:
-            own[2:2] = [None, None]
-        filled += own if len(own) == 5 else [*own, None]
-    return filled
+from fastopt.backends.lstm_requests import result_shapes, with_gaps
+from fastopt.backends.plain_tensors import REAL_DTYPES, not_plain
 
 
 def _layer(
@@ -109,25 +28,8 @@ def _layer(
         None if batch_sizes is None else batch_sizes.tolist(),
         initial_hidden.contiguous(),
         initial_cell.contiguous(),
-        _with_gaps(dense, initial_hidden.size(0), has_biases),
+        with_gaps(dense, initial_hidden.size(0), has_biases),
     )
-
-
-def result_shapes(
-    input: Tensor, initial_hidden: Tensor, initial_cell: Tensor, save: bool
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of output, final states, saved gates and saved cells."""
-    directions, _, outputs = initial_hidden.shape
-    hidden = initial_cell.size(2)
-    tokens = input.size(0) if input.dim() == 2 else input.size(0) * input.size(1)
-    saved = tokens if save else 0
-    return [
-        ((*input.shape[:-1], directions * outputs), input.dtype),
-        (tuple(initial_hidden.shape), input.dtype),
-        (tuple(initial_cell.shape), input.dtype),
-        ((directions, saved, 4 * hidden), input.dtype),
-        ((directions, saved, hidden), compute_dtype(input.dtype)),
-    ]
 
 
 def forward(
@@ -203,7 +105,7 @@ def backward(
     parts = None
     if wanted[0]:
         parts = torch.empty((directions, tokens, input.size(-1)), dtype=input.dtype)
-    results = [parts, *made[:2], *_with_gaps(made[2:], directions, has_biases)]
+    results = [parts, *made[:2], *with_gaps(made[2:], directions, has_biases)]
     saved = [output, saved_gates, saved_cells]
     _native_cpu.lstm_backward(layer, saved, given, results, torch.get_num_threads())
     if parts is not None:

@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import cast
 
 from fastopt.backends.contract import (
     AttentionRequest,
     Backend,
+    Kernels,
     LstmRequest,
     ParameterRequest,
 )
@@ -29,6 +31,9 @@ BACKENDS: dict[str, Backend] = {
 AUTO_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
 AUTO_ORDER_ELSEWHERE = ("torch",)
 
+# Where torch's dispatcher finds the operators that are registered with it.
+DISPATCH_KEYS = ("CPU", "CUDA")
+
 Request = ParameterRequest | LstmRequest | AttentionRequest
 
 _in_use: ContextVar[str | None] = ContextVar("fastopt_backend", default=None)
@@ -44,6 +49,11 @@ def check_name(name: str, argument: str = "backend") -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{argument} must be one of {['auto', *BACKENDS]}, got {name!r}")
     return name
+
+
+def kernels(name: str) -> Kernels:
+    """The backend of a name, for operators that torch dispatches."""
+    return cast(Kernels, BACKENDS[name])
 
 
 @contextmanager

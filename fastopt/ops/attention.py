@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from fastopt.backends import cpu_attention, registry
+from fastopt.backends.attention_requests import empty_gradient, empty_output
 from fastopt.backends.contract import AttentionRequest
 from fastopt.backends.plain_tensors import compute_dtype
 from fastopt.backends.reference import reference_attention
 
 LIBRARY = torch.library.Library("fastopt", "FRAGMENT")
 
-# The fields of an AttentionRequest, in their order: the first ones are tensors.
+# The fields of an AttentionRequest, in their order, the first ones tensors; and who runs it.
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, Tensor? slopes, "
     "Tensor? sinks, Tensor? query_starts, Tensor? key_starts, Tensor? used_keys, Tensor? seed, "
     "float dropout, float scale, float softcap, int left, int right, bool bottom_right, "
-    "bool inference"
+    "bool inference, str backend"
 )
 _NAMES = [field.name for field in dataclasses.fields(AttentionRequest)]
 _TENSORS = _NAMES.index("dropout")
@@ -31,22 +32,29 @@ LIBRARY.define(
     "attention_backward(Tensor output_gradient, Tensor output, Tensor logsumexp, bool bias_wanted, "
     f"bool sinks_wanted, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-torch.library.impl(LIBRARY, "attention", "CPU")(
-    lambda *arguments: cpu_attention.run_forward(AttentionRequest(*arguments))
-)
-torch.library.impl(LIBRARY, "attention_backward", "CPU")(
-    lambda gradient, output, logsumexp, bias_wanted, sinks_wanted, *arguments: (
-        cpu_attention.run_backward(
-            AttentionRequest(*arguments), gradient, output, logsumexp, bias_wanted, sinks_wanted
-        )
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *request, backend = arguments
+    return registry.kernels(backend).attention_forward(AttentionRequest(*request))
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    gradient, output, logsumexp, bias_wanted, sinks_wanted, *request, backend = arguments
+    return registry.kernels(backend).attention_backward(
+        AttentionRequest(*request), gradient, output, logsumexp, bias_wanted, sinks_wanted
     )
-)
+
+
+for _device in registry.DISPATCH_KEYS:
+    torch.library.impl(LIBRARY, "attention", _device)(_forward)
+    torch.library.impl(LIBRARY, "attention_backward", _device)(_backward)
 
 
 @torch.library.register_fake("fastopt::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     sums = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
-    return cpu_attention.empty_output(query, value), sums
+    return empty_output(query, value), sums
 
 
 @torch.library.register_fake(  # type: ignore[untyped-decorator]
@@ -60,9 +68,9 @@ def _fake_backward(
     sinks_wanted: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    request = AttentionRequest(*arguments)
+    request = AttentionRequest(*arguments[:-1])
     inputs = request.query, request.key, request.value
-    gradients = [cpu_attention.empty_gradient(tensor) for tensor in inputs]
+    gradients = [empty_gradient(tensor) for tensor in inputs]
     for tensor, wanted in (request.bias, bias_wanted), (request.sinks, sinks_wanted):
         if wanted and tensor is not None:
             gradients.append(tensor.new_empty(tensor.shape))
@@ -81,11 +89,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     output, logsumexp, *tensors = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
-    results: list[Tensor | None] = [None] * len(_NAMES)
+    results: list[Tensor | None] = [None] * (len(_NAMES) + 1)
     if gradient is None or not any(wanted):
         return tuple(results)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        request = AttentionRequest(*tensors, *ctx.numbers)
+        request = AttentionRequest(*tensors, *ctx.numbers[:-1])
         places = [place for place, want in zip(_DIFFERENTIABLE, wanted, strict=True) if want]
         leaves = {_NAMES[place]: tensors[place] for place in places}
         found = _differentiable_gradients(gradient, request, leaves)
@@ -156,9 +164,11 @@ def attention(
         return reference_attention(request)
     if not _wants_gradients(request):
         if _nobody_watches():
-            return cpu_attention.run_forward(request, inference=True)
+            return registry.kernels(chosen).attention_forward(request, inference=True)
         request = dataclasses.replace(request, inference=True)
-    output, logsumexp = torch.ops.fastopt.attention(*[getattr(request, n) for n in _NAMES])
+    output, logsumexp = torch.ops.fastopt.attention(
+        *[getattr(request, name) for name in _NAMES], chosen
+    )
     return output, logsumexp
 
 

@@ -11,6 +11,7 @@ from torch import _VF, Tensor
 
 from fastopt.backends import cpu_lstm, registry
 from fastopt.backends.contract import LstmRequest
+from fastopt.backends.lstm_requests import result_shapes
 from fastopt.backends.plain_tensors import autocast_dtype
 from fastopt.backends.reference import reference_lstm
 
@@ -21,7 +22,7 @@ LIBRARY = torch.library.Library("fastopt", "FRAGMENT")
 # With `save`, the last two results are what the backward needs, otherwise they are empty.
 LIBRARY.define(
     "lstm_layer(Tensor input, Tensor? batch_sizes, Tensor initial_hidden, Tensor initial_cell, "
-    "Tensor[] weights, bool has_biases, Tensor? packed, bool save) -> "
+    "Tensor[] weights, bool has_biases, Tensor? packed, bool save, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 # Gradients with respect to those of input, initial states and weights that are wanted.
@@ -29,18 +30,29 @@ LIBRARY.define(
     "lstm_layer_backward(Tensor? output_gradient, Tensor? final_hidden_gradient, "
     "Tensor? final_cell_gradient, Tensor input, Tensor? batch_sizes, Tensor initial_hidden, "
     "Tensor initial_cell, Tensor[] weights, bool has_biases, Tensor output, Tensor saved_gates, "
-    "Tensor saved_cells, bool[] wanted) -> Tensor[]"
+    "Tensor saved_cells, bool[] wanted, str backend) -> Tensor[]"
 )
 
 
-torch.library.impl(LIBRARY, "lstm_layer", "CPU")(cpu_lstm.forward)
-torch.library.impl(LIBRARY, "lstm_layer_backward", "CPU")(cpu_lstm.backward)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *layer, backend = arguments
+    return registry.kernels(backend).lstm_forward(*layer)
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    *layer, backend = arguments
+    return registry.kernels(backend).lstm_backward(*layer)
+
+
+for _device in registry.DISPATCH_KEYS:
+    torch.library.impl(LIBRARY, "lstm_layer", _device)(_forward)
+    torch.library.impl(LIBRARY, "lstm_layer_backward", _device)(_backward)
 
 
 @torch.library.register_fake("fastopt::lstm_layer", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_layer(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    _, initial_hidden, initial_cell, *_, save = arguments
-    shapes = cpu_lstm.result_shapes(input, initial_hidden, initial_cell, save)
+    _, initial_hidden, initial_cell, *_, save, _ = arguments
+    shapes = result_shapes(input, initial_hidden, initial_cell, save)
     return tuple([input.new_empty(shape, dtype=dtype) for shape, dtype in shapes])
 
 
@@ -48,7 +60,7 @@ def _fake_layer(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     "fastopt::lstm_layer_backward", lib=LIBRARY
 )
 def _fake_layer_backward(*arguments: Any) -> list[Tensor]:
-    _, _, _, input, _, initial_hidden, initial_cell, weights, *_, wanted = arguments
+    _, _, _, input, _, initial_hidden, initial_cell, weights, *_, wanted, _ = arguments
     everything = [input, initial_hidden, initial_cell, *weights]
     return [
         tensor.new_empty(tensor.shape)
@@ -58,10 +70,10 @@ def _fake_layer_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, *_ = inputs
+    input, batch_sizes, initial_hidden, initial_cell, weights, has_biases, *_, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[3], output[4])
-    ctx.has_biases = has_biases
+    ctx.has_biases, ctx.backend = has_biases, backend
     ctx.save_for_backward(
         input, batch_sizes, initial_hidden, initial_cell, output[0], *output[3:], *weights
     )
@@ -73,7 +85,7 @@ def _layer_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     wanted_weights = list(ctx.needs_input_grad[4]) if weights else []
     wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4], *wanted_weights]
     if all(gradient is None for gradient in from_outside) or not any(wanted):
-        return None, None, None, None, [None] * len(weights), None, None, None
+        return None, None, None, None, [None] * len(weights), *[None] * 4
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         layer = LstmRequest(
             input, batch_sizes, h0, c0, weights, ctx.has_biases, 1, bidirectional=h0.size(0) == 2
@@ -82,11 +94,11 @@ def _layer_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     else:
         grads = torch.ops.fastopt.lstm_layer_backward(
             *from_outside, input, batch_sizes, h0, c0, weights, ctx.has_biases, output,
-            saved_gates, saved_cells, wanted,
+            saved_gates, saved_cells, wanted, ctx.backend,
         )  # fmt: skip
     found = iter(grads)
     placed = [next(found) if want else None for want in wanted]
-    return placed[0], None, placed[1], placed[2], placed[3:], None, None, None
+    return placed[0], None, placed[1], placed[2], placed[3:], *[None] * 4
 
 
 torch.library.register_autograd(
@@ -173,7 +185,9 @@ def lstm(
         if chosen == "reference":
             input, hidden, cell = reference_lstm(layer)
         else:
-            input, hidden, cell = _registered_layer(layer, packed[number] if packed else None)
+            input, hidden, cell = _registered_layer(
+                layer, packed[number] if packed else None, chosen
+            )
         final_hidden.append(hidden)
         final_cell.append(cell)
     if request.num_layers == 1:
@@ -181,12 +195,14 @@ def lstm(
     return input, torch.cat(final_hidden), torch.cat(final_cell)
 
 
-def _registered_layer(layer: LstmRequest, packed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _registered_layer(
+    layer: LstmRequest, packed: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     everything = [layer.input, layer.initial_hidden, layer.initial_cell, *layer.weights]
     save = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in everything])
     output, hidden, cell, _, _ = torch.ops.fastopt.lstm_layer(
         layer.input, layer.batch_sizes, layer.initial_hidden, layer.initial_cell, layer.weights,
-        layer.has_biases, packed, save,
+        layer.has_biases, packed, save, backend,
     )  # fmt: skip
     return output, hidden, cell
 

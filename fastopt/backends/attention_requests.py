@@ -1,0 +1,104 @@
+"""What backends share of the attention: which requests fit, and what results look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastopt import _native_cpu
+from fastopt.backends.contract import AttentionRequest
+from fastopt.backends.plain_tensors import not_plain, transformed
+
+
+def refuse_attention(
+    request: AttentionRequest, device: str, dtypes: Sequence[torch.dtype]
+) -> str | None:
+    """Why kernels of a device type, for these dtypes, do not run this attention, or None."""
+    if reason := transformed():
+        return reason
+    if request.device.type != device:
+        return f"the queries are on {request.device}"
+    dtype = request.query.dtype
+    if dtype not in dtypes:
+        return f"no kernel has the dtype {dtype}"
+    named = (
+        ("query", request.query, dtype),
+        ("key", request.key, dtype),
+        ("value", request.value, dtype),
+        ("attn_mask", request.bias, dtype),
+        ("attn_mask", request.allowed, torch.bool),
+        ("alibi_slopes", request.slopes, None),
+        ("learnable_sink", request.sinks, None),
+        ("cu_seqlens_q", request.query_starts, torch.int32),
+        ("cu_seqlens_k", request.key_starts, torch.int32),
+        ("cache_seqlens", request.used_keys, torch.int32),
+    )
+    for name, tensor, wanted in named:
+        if tensor is not None and wanted is not None and tensor.dtype is not wanted:
+            return f"{name} has dtype {tensor.dtype} beside queries of {dtype}"
+    if not (torch.compiler.is_compiling() or _native_cpu.are_plain([t for _, t, _ in named])):
+        for name, tensor, _ in named:
+            if tensor is not None and (reason := not_plain(name, tensor, device, (tensor.dtype,))):
+                return reason
+    return _refuse_sizes(request)
+
+
+def _refuse_sizes(request: AttentionRequest) -> str | None:
+    """Sizes that do not fit are for torch to refuse, in its own words."""
+    query, key, value = request.query, request.key, request.value
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return "query, key and value are not all of 4 dimensions"
+    if 0 in (query.size(1), key.size(1), query.size(-1), value.size(-1)):
+        return "there are no heads or no features"
+    sequences = request.query_starts is not None
+    batch, heads, queries, features = query.shape
+    key_heads, keys = key.shape[1], key.shape[2]
+    if key.shape != (batch, key_heads, keys, features) or value.shape[:3] != key.shape[:3]:
+        return "the sizes of query, key and value do not fit each other"
+    if heads % key_heads:
+        return f"{heads} heads of query are no multiple of {key_heads} of key"
+    full = batch, heads, queries, keys
+    for mask in (request.bias, request.allowed):
+        if mask is not None and (
+            mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True))
+        ):
+            return f"attn_mask of shape {tuple(mask.shape)} does not fit scores of shape {full}"
+        if mask is not None and sequences:
+            return "attn_mask does not go with cu_seqlens_q"
+    if not 0 <= request.dropout < 1:
+        return f"dropout_p is {request.dropout}"
+    return None
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """``[batch, heads, queries, value_features]``, in the order in which queries lie in memory."""
+    if query.is_contiguous():
+        return query.new_empty((*query.shape[:3], value.size(-1)))
+    strides = query.stride()
+    order = [0, 1, 2]
+    if strides[3] == 1 or query.size(3) == 1:
+        order.sort(key=lambda dim: -strides[dim])
+    sizes = [query.size(dim) for dim in order]
+    return query.new_empty([*sizes, value.size(-1)]).permute(*map(order.index, range(3)), 3)
+
+
+def contiguous_features(tensor: Tensor) -> Tensor:
+    """As kernels read it: the features of a row beside each other."""
+    return tensor if tensor.size(-1) == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def expanded(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """``[batch, heads, queries, keys]`` with contiguous keys, the rest as strides of zero."""
+    if mask is None:
+        return None
+    keys = key.size(2)
+    if mask.size(-1) != keys or (keys > 1 and mask.stride(-1) != 1):
+        mask = mask.expand(*mask.shape[:-1], keys).contiguous()
+    return mask.expand(*query.shape[:3], keys)
+
+
+def empty_gradient(tensor: Tensor) -> Tensor:
+    """Laid out as the tensor, with contiguous features."""
+    return torch.empty_like(contiguous_features(tensor))
