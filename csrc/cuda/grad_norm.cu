@@ -77,7 +77,7 @@ void launch_for(const TaskRange& range, const Order& order, double* partials,
                 const Stream& stream) {
   with_grad_addresses(range, [&](const auto& grads) {
     constexpr int kCapacity = sizeof(grads.at) / sizeof(void*);
-    launch("grad_norm_kernel", stream, range.chunk_end - range.first_chunk, kThreads,
+    launch("grad_norm_kernel", stream, {range.chunk_end - range.first_chunk, kThreads},
            grad_norm_kernel<Order, Storage, kCapacity>, range.tasks, range.begin, range.end,
            range.first_chunk, order, partials, grads);
   });
@@ -131,7 +131,7 @@ void launch_join_norms(const double* partials, int64_t chunks, double order, dou
                        const Stream& stream) {
   with_norm_order(order, [&](const auto& reduction) {
     using Order = std::decay_t<decltype(reduction)>;
-    launch("join_norms_kernel", stream, 1, kJoiningThreads, join_norms_kernel<Order>, partials,
+    launch("join_norms_kernel", stream, {1, kJoiningThreads}, join_norms_kernel<Order>, partials,
            chunks, reduction, norm);
   });
 }

@@ -20,13 +20,31 @@
 
 namespace fastopt::cuda {
 
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int shared_bytes = 0;      // dynamic shared memory of a block
+  bool cooperative = false;  // all blocks are resident together and may wait for each other
+};
+
 #if defined(FASTOPT_HOST_SIM)
 
 template <class... Params, class... Args>
-void launch(const char* name, const Stream&, int64_t blocks, int threads, void (*kernel)(Params...),
+void launch(const char* name, const Stream&, const LaunchShape& shape, void (*kernel)(Params...),
             Args&&... args) {
-  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
-  host_sim::launch({grid, block}, name, kernel, std::forward<Args>(args)...);
+  const dim3 grid(static_cast<unsigned>(shape.blocks)), block(static_cast<unsigned>(shape.threads));
+  host_sim::launch({grid, block, static_cast<size_t>(shape.shared_bytes), shape.cooperative}, name,
+                   kernel, std::forward<Args>(args)...);
+}
+
+template <class... Params>
+int64_t resident_blocks(const Stream&, const LaunchShape&, void (*)(Params...)) {
+  return host_sim::resident_blocks();
+}
+
+// Of the block that runs.
+__device__ inline unsigned char* dynamic_shared() {
+  return host_sim::dynamic_shared<unsigned char>();
 }
 
 template <class... Params>
@@ -56,15 +74,55 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// What a block has without being asked for.
+constexpr int kUsualSharedBytes = 48 << 10;
+
+template <class... Params>
+void allow_shared(const LaunchShape& shape, void (*kernel)(Params...), int device) {
+  if (shape.shared_bytes <= kUsualSharedBytes) return;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
+        "cudaFuncSetAttribute", device);
+}
+
 template <class... Params, class... Args>
-void launch(const char* name, const Stream& stream, int64_t blocks, int threads,
+void launch(const char* name, const Stream& stream, const LaunchShape& shape,
             void (*kernel)(Params...), Args&&... args) {
   const DeviceGuard guard(stream.device);
+  allow_shared(shape, kernel, stream.device);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream.handle);
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = shape.cooperative ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name, stream.device);
+}
+
+// How many blocks of a shape the device holds at once; 0 where not even one fits.
+template <class... Params>
+int64_t resident_blocks(const Stream& stream, const LaunchShape& shape, void (*kernel)(Params...)) {
+  const DeviceGuard guard(stream.device);
+  int allowed = 0, multiprocessors = 0, per_multiprocessor = 0;
+  check(cudaDeviceGetAttribute(&allowed, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device),
+        "cudaDeviceGetAttribute", stream.device);
+  if (shape.shared_bytes > allowed) return 0;
+  allow_shared(shape, kernel, stream.device);
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, stream.device),
+        "cudaDeviceGetAttribute", stream.device);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, shape.threads,
+                                                      static_cast<size_t>(shape.shared_bytes)),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", stream.device);
+  return static_cast<int64_t>(multiprocessors) * per_multiprocessor;
+}
+
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
 }
 
 // CUDA loads a kernel at its first launch, which must not happen inside a graph's capture.

@@ -265,7 +265,7 @@ void launch_advance_steps(const TaskRange& range, const StepRule& rule, const fl
   with_kernels(range.dtype, [&](auto kernels) {
     with_grad_addresses(range, [&](const auto& grads) {
       constexpr int kCapacity = sizeof(grads.at) / sizeof(void*);
-      launch(kernel_name("advance_steps_kernel", rule.rule).c_str(), stream, blocks, kThreads,
+      launch(kernel_name("advance_steps_kernel", rule.rule).c_str(), stream, {blocks, kThreads},
              kernels.template advance<kCapacity>(rule.rule), range.tasks, range.begin, range.end,
              rule, found_inf, grads);
     });
@@ -289,7 +289,7 @@ void launch_optimizer_step(const TaskRange& range, const StepRule& rule, const D
     with_grad_addresses(range, [&](const auto& grads) {
       constexpr int kCapacity = sizeof(grads.at) / sizeof(void*);
       launch(kernel_name("optimizer_step_kernel", rule.rule).c_str(), stream,
-             range.chunk_end - range.first_chunk, kThreads,
+             {range.chunk_end - range.first_chunk, kThreads},
              kernels.template step<kCapacity>(rule.rule), args, grads);
     });
   });

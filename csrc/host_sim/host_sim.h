@@ -33,6 +33,7 @@ void unregister_memory(void* address);
 void set_seed(uint64_t seed);
 // Cooperative grids with more blocks are refused.
 void set_max_resident_blocks(int blocks);
+int resident_blocks();
 // How long a thread may run between two synchronisations.
 void set_time_limit(double seconds);
 

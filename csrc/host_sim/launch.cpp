@@ -247,6 +247,8 @@ void set_max_resident_blocks(int blocks) {
   max_resident_blocks = blocks;
 }
 
+int resident_blocks() { return max_resident_blocks; }
+
 void set_time_limit(double seconds) { time_limit_seconds = seconds; }
 
 void detail::run(const LaunchShape& shape, const Kernel& kernel) {
