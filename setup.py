@@ -69,6 +69,7 @@ CUDA_SOURCES = [
 SHARED_SOURCES = [
     "csrc/bindings/torch_access.cpp",
     "csrc/bindings/layout.cpp",
+    "csrc/bindings/attention_tensors.cpp",
     "csrc/bindings/group_rules.cpp",
     "csrc/bindings/step_plan.cpp",
 ]

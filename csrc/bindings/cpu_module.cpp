@@ -80,20 +80,7 @@ PYBIND11_MODULE(_native_cpu, m) {
       "fma_peak", [](int threads) { return chosen_instruction_set().lstm->fma_rate(threads); },
       py::arg("threads"), "fp32 operations per second with all data in registers and L1.");
 
-  py::class_<AttentionTensors>(m, "AttentionTensors", py::module_local())
-      .def(py::init([](py::object query, py::object key, py::object value, py::object bias,
-                       py::object allowed, py::object slopes, py::object sinks,
-                       py::object query_starts, py::object key_starts, py::object used_keys,
-                       double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
-                       double dropout, uint64_t seed) {
-             return AttentionTensors{query, key,          value,        bias,      allowed, slopes,
-                                     sinks, query_starts, key_starts,   used_keys, scale,   softcap,
-                                     left,  right,        bottom_right, dropout,   seed};
-           }),
-           py::arg("query"), py::arg("key"), py::arg("value"), py::arg("bias"), py::arg("allowed"),
-           py::arg("slopes"), py::arg("sinks"), py::arg("query_starts"), py::arg("key_starts"),
-           py::arg("used_keys"), py::arg("scale"), py::arg("softcap"), py::arg("left"),
-           py::arg("right"), py::arg("bottom_right"), py::arg("dropout"), py::arg("seed"));
+  export_attention_tensors(m);
   m.def("attention_check", &attention_check, py::arg("layer"));
   m.def("attention_forward", &attention_forward, py::arg("layer"), py::arg("output"),
         py::arg("logsumexp"), py::arg("inference"), py::arg("threads"));

@@ -3,7 +3,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "bindings/cpu_tensor.h"
+#include "bindings/checked_tensor.h"
 #include "bindings/layout.h"
 #include "bindings/torch_access.h"
 #include "cpu/dispatch.h"

@@ -11,23 +11,24 @@ FASTOPT_BEGIN_NAMESPACE
 // the same. Word is uint32_t, or a vector of them in 64-bit lanes; Wide has multiply(Word,
 // constant, high, low).
 constexpr int kPhiloxRounds = 7;
-constexpr uint32_t kPhiloxMultipliers[2] = {0xD2511F53u, 0xCD9E8D57u};
-constexpr uint32_t kPhiloxWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};
 
 template <class Wide, class Word>
 HOST_DEVICE void philox(Word (&counter)[4], uint64_t seed) {
+  constexpr uint32_t kMultipliers[2] = {0xD2511F53u, 0xCD9E8D57u};
+  constexpr uint32_t kWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  FASTOPT_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
     Word high[2], low[2];
-    Wide::multiply(counter[0], kPhiloxMultipliers[0], high[0], low[0]);
-    Wide::multiply(counter[2], kPhiloxMultipliers[1], high[1], low[1]);
+    Wide::multiply(counter[0], kMultipliers[0], high[0], low[0]);
+    Wide::multiply(counter[2], kMultipliers[1], high[1], low[1]);
     const Word second = counter[1], fourth = counter[3];
     counter[0] = high[1] ^ second ^ key[0];
     counter[1] = low[1];
     counter[2] = high[0] ^ fourth ^ key[1];
     counter[3] = low[0];
-    key[0] += kPhiloxWeyl[0];
-    key[1] += kPhiloxWeyl[1];
+    key[0] += kWeyl[0];
+    key[1] += kWeyl[1];
   }
 }
 

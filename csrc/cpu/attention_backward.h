@@ -82,7 +82,7 @@ class AttentionBackwardPass {
       const int64_t batch = task / splits_ / heads_;
       for (int64_t b = batch; b < (batches_ == 1 ? layer_.batch : batch + 1); ++b) {
         for (int64_t h = head; h < (heads_ == 1 ? layer_.key_heads : head + 1); ++h) {
-          run_key_head(own, Walk::sequence(call_, b), h, split);
+          run_key_head(own, sequence_of<Storage>(call_, b), h, split);
         }
       }
     }
@@ -93,7 +93,7 @@ class AttentionBackwardPass {
     AttentionBackward call{};
     for (int64_t row = mine.begin; row < mine.end; ++row) {
       const int64_t head = row / layer_.queries, query = row % layer_.queries;
-      if (row == mine.begin || query == 0) call = Walk::sequence(call_, head / layer_.heads);
+      if (row == mine.begin || query == 0) call = sequence_of<Storage>(call_, head / layer_.heads);
       if (query >= call.layer.queries) continue;
       T* sums = partial_sums_ + row * stride_;
       for (int64_t split = 1; split < splits_; ++split) {
@@ -352,11 +352,8 @@ class AttentionBackwardPass {
       store(weights + j, kept);
       V gradient = weight * (through - delta);
       if (bias_gradient) add_up_to(bias_gradient + j, gradient, count - j);
-      if (!kPlain && row.softcap != 0) {
-        const V saturation = row.saturation(product);
-        gradient = gradient * (V{} + T(1) - saturation * saturation);
-      }
-      store(gradients + j, gradient * row.scale);
+      store(gradients + j,
+            kPlain ? gradient * row.rule.scale : row.rule.product_gradient(product, gradient));
     }
   }
 

@@ -56,14 +56,14 @@ class AttentionDecodePass {
     const int64_t tasks = whole.batch * whole.key_heads * splits_;
     for (int64_t task = next_++; task < tasks; task = next_++) {
       const int64_t source = task / splits_;
-      const AttentionForward call = Walk::sequence(call_, source / whole.key_heads);
+      const AttentionForward call = sequence_of<Storage>(call_, source / whole.key_heads);
       run_split(scratch_[rank], call, source % whole.key_heads, task % splits_);
     }
     if (splits_ == 1) return;
     barrier_.wait(size);
     const Range mine = Team{rank, size, &barrier_}.share(whole.batch * whole.heads);
     for (int64_t head = mine.begin; head < mine.end; ++head) {
-      const AttentionForward call = Walk::sequence(call_, head / whole.heads);
+      const AttentionForward call = sequence_of<Storage>(call_, head / whole.heads);
       for (int64_t query = 0; query < call.layer.queries; ++query) {
         finish(call, head % whole.heads, query);
       }

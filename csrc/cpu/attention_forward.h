@@ -53,7 +53,7 @@ class AttentionForwardPass {
     Range packed{};
     for (int64_t task = next_++; task < tasks; task = next_++) {
       const int64_t batch = task / parts / whole.heads, head = task / parts % whole.heads;
-      const AttentionForward call = Walk::sequence(call_, batch);
+      const AttentionForward call = sequence_of<Storage>(call_, batch);
       const AttentionLayer& layer = call.layer;
       // From the last queries on: with causal masks they need the most keys.
       const int64_t begin = (parts - 1 - task % parts) * kTaskQueries;

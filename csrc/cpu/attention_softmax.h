@@ -2,17 +2,11 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
-#include "core/activations.h"
-#include "core/philox.h"
+#include "core/attention_scores.h"
 #include "cpu/attention_walk.h"
 
 FASTOPT_BEGIN_NAMESPACE
-
-// Words of random numbers come in groups of 64 keys: lane l of a group makes those of its keys
-// l, l + 16, l + 32 and l + 48.
-constexpr int kRandomLanes = 16, kRandomGroup = 4 * kRandomLanes;
 
 struct WideLanes {
   static constexpr int kWidth = kVectorBytes / 8;
@@ -60,8 +54,8 @@ void dropout_factors(const AttentionLayer& layer, int64_t head, int64_t row, Ran
   const int64_t begin = rounded_down(keys.begin, kRandomGroup);
   random_row(layer.seed, layer.first_head + head, row, begin, rounded_up(keys.end, kRandomGroup),
              words);
-  const uint32_t threshold = static_cast<uint32_t>(layer.dropout * 4294967296.0);
-  const T kept = static_cast<T>(1 / (1 - layer.dropout));
+  const uint32_t threshold = dropout_threshold(layer);
+  const T kept = growth_of_kept<T>(layer);
   const uint32_t* own = words + (keys.begin - begin);
   for (int64_t i = 0; i < keys.end - keys.begin; ++i) {
     factors[i] = own[i] >= threshold ? kept : T(0);
@@ -80,81 +74,48 @@ struct DropoutScratch {
   }
 };
 
-// The score of a key that is not seen.
-template <class T>
-constexpr T kNever = -std::numeric_limits<T>::infinity();
-
 // One row of scores.
 template <class Storage>
 struct ScoreRow {
   using T = ComputeType<Storage>;
   using V = Vec<T>;
 
-  T scale, softcap, slope;
+  ScoreRule<T> rule;
   T center;  // the key at no distance, for slopes
   const Storage* bias;
   const uint8_t* allowed;
 
   ScoreRow(const AttentionLayer& layer, int64_t head, int64_t query)
-      : scale(static_cast<T>(layer.scale)),
-        softcap(cap_of(layer)),
-        slope(0),
+      : rule(layer, head),
         center(static_cast<T>(query + diagonal(layer))),
         bias(nullptr),
         allowed(nullptr) {
     const int64_t place = head * layer.mask_strides[1] + query * layer.mask_strides[2];
     if (layer.bias) bias = static_cast<const Storage*>(layer.bias) + place;
     if (layer.allowed) allowed = layer.allowed + place;
-    if (layer.slopes) slope = layer.slopes[head];
   }
 
-  // Scores are products times a factor above zero: where one is largest, so is the other.
-  bool is_plain() const {
-    return softcap == 0 && slope == 0 && !bias && !allowed &&
-           scale >= std::numeric_limits<T>::min();
-  }
+  bool is_plain() const { return rule.only_scales() && !bias && !allowed; }
 
   // Of what stands for a score: a product where the row is plain, else the score itself.
-  T factor() const { return is_plain() ? scale : T(1); }
-
-  // tanh(scale * product / softcap), where there is a cap.
-  HOST_DEVICE V saturation(V product) const {
-    return hyperbolic_tangent<T>(product * (scale / softcap));
-  }
+  T factor() const { return is_plain() ? rule.scale : T(1); }
 
   // Scores of key `column` and those after it, of which `left` are there.
   template <bool kPlain>
   HOST_DEVICE V score(V product, int64_t column, int64_t left) const {
-    if (kPlain) return product * scale;
-    V result = softcap != 0 ? saturation(product) * softcap : product * scale;
-    if (slope != 0) {
-      const V distance = lane_numbers<V>() + (static_cast<T>(column) - center);
-      result = result - magnitude(distance) * slope;
-    }
+    if (kPlain) return product * rule.scale;
+    V result = rule.score(product, lane_numbers<V>() + (static_cast<T>(column) - center));
     if (bias) result = result + load_up_to(bias + column, left);
     if (allowed) result = unless_zero(load_up_to(allowed + column, left), result, kNever<T>);
     return result;
   }
 
  private:
-  // A cap so far away that the quotient is no normal number is none.
-  static T cap_of(const AttentionLayer& layer) {
-    const bool far = std::abs(layer.scale) < std::numeric_limits<T>::min() * layer.softcap;
-    return far ? T(0) : static_cast<T>(layer.softcap);
-  }
-
   template <class Element>
   static HOST_DEVICE V load_up_to(const Element* source, int64_t left) {
     return left < V::kWidth ? load_first<V>(source, left) : load_as<V>(source);
   }
 };
-
-// e^(factor * difference)
-template <class V, class T>
-HOST_DEVICE V exponential_of(V difference, T factor) {
-  constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189);
-  return exponential_of_two<T>(difference * (factor * kLog2E));
-}
 
 // What a query has gathered from some keys: the sums of weights and of weighted values, where the
 // largest score so far has the weight 1. Scores are `factor` times what is given for them.

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "core/platform.h"
+#include "core/range.h"
 #include "cpu/simd.h"
 
 FASTOPT_BEGIN_NAMESPACE
@@ -37,10 +37,6 @@ class Barrier {
   static constexpr int kSpins = 2000;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int64_t> round_{0};
-};
-
-struct Range {
-  int64_t begin, end;
 };
 
 // One of several threads that work together.

@@ -278,4 +278,35 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 #endif
 }
 
+// Two 16-bit values in a register, rounded to nearest, the first one in the low half.
+template <class Input>
+__device__ __forceinline__ uint32_t packed_pair(float low, float high) {
+#if defined(FASTOPT_HOST_SIM)
+  Input pair[2];
+  store(pair, low);
+  store(pair + 1, high);
+  return pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
+#else
+  uint32_t bits;
+  if constexpr (std::is_same_v<Input, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  }
+  return bits;
+#endif
+}
+
+// 2^x within 2 units in the last place; subnormal results are zero.
+__device__ __forceinline__ float power_of_two_fast(float x) {
+#if defined(FASTOPT_HOST_SIM)
+  const float power = exp2f(x);
+  return power < 1.17549435e-38f ? 0.0f : power;
+#else
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#endif
+}
+
 }  // namespace fastopt
