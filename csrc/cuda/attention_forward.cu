@@ -2,6 +2,7 @@
 // values go by in tiles, the next tile of either on its way while the other is multiplied. Scores,
 // weights and sums stay in registers.
 
+#include "cuda/attention_passes.h"
 #include "cuda/attention_tiles.cuh"
 
 namespace fastopt::cuda {
@@ -21,7 +22,7 @@ struct ForwardShape {
   static constexpr int kRowTiles = kIsHalf && kFeatures <= 128 ? 2 : 1;
   static constexpr int kWarpQueries = 16 * kRowTiles;
   static constexpr int kQueries = kWarps * kWarpQueries;
-  static constexpr int kHalfKeys = kFeatures == 64 || (kFeatures == 128 && !kIsGeneral) ? 64 : 32;
+  static constexpr int kHalfKeys = kFeatures == 64 && !kIsGeneral ? 64 : 32;
   static constexpr int kKeys = kIsHalf ? kHalfKeys
                                        : (kFeatures == 64    ? 64
                                           : kFeatures == 128 ? 32
@@ -116,6 +117,22 @@ __device__ void find_weights(Rows<kRowTiles>& rows, float factor,
   }
 }
 
+template <int kQueries, int kKeys, int kRowTiles, int kColumnTiles>
+__device__ void drop(const Kept<kQueries, kKeys>& kept, int first_row,
+                     Sums (&weights)[kRowTiles][kColumnTiles]) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int row = first_row + 16 * i + 8 * (k / 2) + lane_of_warp() / 4;
+        if (!kept.at(row, 8 * j + lane_of_warp() % 4 * 2 + k % 2)) weights[i][j][k] = 0;
+      }
+    }
+  }
+}
+
 template <class V>
 __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
     attention_forward_kernel(const __grid_constant__ AttentionForward whole) {
@@ -141,16 +158,10 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
   __shared__ Kept<Shape::kQueries, kKeys> kept;
 
   const int64_t key_head = key_head_of(layer, head);
-  const int64_t last =
-      first + Shape::kQueries < layer.queries ? first + Shape::kQueries : layer.queries;
-  const Range seen = visible(layer, first, last);
   const int own_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpQueries;
   const int64_t own_first = first + own_row;
-  const Range own_queries{own_first, own_first + Shape::kWarpQueries};
-  Range own_seen{0, 0};
-  if (own_first < last) {
-    own_seen = visible(layer, own_first, own_queries.end < last ? own_queries.end : last);
-  }
+  const KeysOf seen(layer, {first, first + Shape::kQueries});
+  const KeysOf own_seen(layer, {own_first, own_first + Shape::kWarpQueries});
   const float factor = kIsGeneral ? 1.0f : static_cast<float>(layer.scale);
 
   Sums sums[kRowTiles][kFeatures / 8];
@@ -166,7 +177,7 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
   }
 
   copy_tile<QueryTile, kThreads>(queries, layer.query, head, first, layer.queries, layer.features);
-  int64_t tile = rounded_down(seen.begin, kKeys);
+  int tile = seen.begin / kKeys * kKeys;
   copy_tile<KeyTile, kThreads>(keys, layer.key, key_head, tile, layer.keys, layer.features);
   copy_async_commit();
   for (; tile < seen.end; tile += kKeys) {
@@ -181,7 +192,7 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
       clear(weights);
       add_product<Products, Side::kRows, Side::kRows, kFeatures>(
           weights, queries + own_row * kStride, kStride, keys, kStride);
-      if (kIsGeneral || !all_see_all(layer, own_queries, {tile, tile + kKeys})) {
+      if (kIsGeneral || tile < own_seen.all_begin || tile + kKeys > own_seen.all_end) {
         find_scores<V>(layer, head, own_first, tile, weights);
       }
       find_weights(rows, factor * kLog2E, weights, sums);
@@ -189,27 +200,17 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
     if (kIsGeneral && layer.dropout > 0) draw<kThreads>(kept, layer, head, first, tile);
     copy_async_wait<0>();
     __syncthreads();  // values are there, and nobody reads keys any more
+    typename Products::Operand operands[kRowTiles][kKeys / 8];
+    if (has_work) {
+      if (kIsGeneral && layer.dropout > 0) drop(kept, own_row, weights);
+      make_operands<Products>(operands, weights);
+    }
     if (tile + kKeys < seen.end) {
       copy_tile<KeyTile, kThreads>(keys, layer.key, key_head, tile + kKeys, layer.keys,
                                    layer.features);
     }
     copy_async_commit();
-    if (has_work) {
-      if (kIsGeneral && layer.dropout > 0) {
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-          for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              const int row = own_row + 16 * i + 8 * (k / 2) + lane_of_warp() / 4;
-              if (!kept.at(row, 8 * j + lane_of_warp() % 4 * 2 + k % 2)) weights[i][j][k] = 0;
-            }
-          }
-        }
-      }
-      add_product_of_sums<Products, Side::kColumns>(sums, weights, values, kStride);
-    }
+    if (has_work) add_product<Products, Side::kColumns>(sums, operands, values, kStride);
   }
   copy_async_wait<0>();
 

@@ -74,36 +74,41 @@ __device__ bool has_aligned_rows(const AttentionTensor& tensor) {
 }
 
 // Starts to copy rows [first, first + kRows) of a head into a tile, with zeros for rows from `end`
-// on and beyond `features`: they are there after copy_async_wait and a barrier. Each thread has one
-// column of 16 bytes.
+// on and beyond `features`: they are there after copy_async_wait and a barrier. A thread stays in its
+// columns of 16 bytes.
 template <class ATile, int kThreads, class Storage>
 __device__ void copy_tile(Storage* tile, const AttentionTensor& source, int64_t head, int64_t first,
                           int64_t end, int64_t features) {
-  constexpr int kN = kLanes<Storage>, kPacks = ATile::kFeatures / kN, kStep = kThreads / kPacks;
-  static_assert(kThreads % kPacks == 0 && ATile::kRows % kStep == 0);
-  const int column = static_cast<int>(threadIdx.x) % kPacks * kN;
-  int row = static_cast<int>(threadIdx.x) / kPacks;
+  constexpr int kN = kLanes<Storage>, kPacks = ATile::kFeatures / kN;
+  constexpr int kAbreast = kPacks < kThreads ? kPacks : kThreads, kStep = kThreads / kAbreast;
+  static_assert(kThreads % kAbreast == 0 && kPacks % kAbreast == 0 && ATile::kRows % kStep == 0);
+  const bool aligned = has_aligned_rows<Storage>(source);
   const int rows = static_cast<int>(clamped(end - first, 0, ATile::kRows));
-  const int there = static_cast<int>(clamped(features - column, 0, kN));
-  const Storage* line = row_of<const Storage>(source, head, first + row) + column;
-  Storage* target = tile + row * ATile::kStride + column;
-  if (has_aligned_rows<Storage>(source)) {
-    const void* const any = source.data;
 #pragma unroll
-    for (int i = 0; i < ATile::kRows / kStep; ++i) {
-      const int bytes = row < rows ? there * static_cast<int>(sizeof(Storage)) : 0;
-      copy_async_16(target, bytes > 0 ? line : any, bytes);
-      row += kStep;
-      line += kStep * source.row_stride;
-      target += kStep * ATile::kStride;
-    }
-  } else {
+  for (int pack = 0; pack < kPacks; pack += kAbreast) {
+    const int column = (pack + static_cast<int>(threadIdx.x) % kAbreast) * kN;
+    int row = static_cast<int>(threadIdx.x) / kAbreast;
+    const int there = static_cast<int>(clamped(features - column, 0, kN));
+    const Storage* line = row_of<const Storage>(source, head, first + row) + column;
+    Storage* target = tile + row * ATile::kStride + column;
+    if (aligned) {
+      const void* const any = source.data;
+#pragma unroll
+      for (int i = 0; i < ATile::kRows / kStep; ++i) {
+        const int bytes = row < rows ? there * static_cast<int>(sizeof(Storage)) : 0;
+        copy_async_16(target, bytes > 0 ? line : any, bytes);
+        row += kStep;
+        line += kStep * source.row_stride;
+        target += kStep * ATile::kStride;
+      }
+    } else {
 #pragma unroll 1
-    for (; row < ATile::kRows; row += kStep) {
+      for (; row < ATile::kRows; row += kStep) {
 #pragma unroll
-      for (int j = 0; j < kN; ++j) target[j] = row < rows && j < there ? line[j] : Storage{};
-      line += kStep * source.row_stride;
-      target += kStep * ATile::kStride;
+        for (int j = 0; j < kN; ++j) target[j] = row < rows && j < there ? line[j] : Storage{};
+        line += kStep * source.row_stride;
+        target += kStep * ATile::kStride;
+      }
     }
   }
 }
@@ -210,12 +215,22 @@ inline Scoring scoring_of(const AttentionLayer& layer) {
   return plain ? Scoring::kPlain : Scoring::kGeneral;
 }
 
-// Whether all of some queries see all of some keys, which are whole tiles of them.
-__device__ inline bool all_see_all(const AttentionLayer& layer, Range queries, Range keys) {
-  return queries.end <= layer.queries && keys.end <= layer.keys &&
-         visible(layer, queries.begin).end >= keys.end &&
-         visible(layer, queries.end - 1).begin <= keys.begin;
-}
+// The keys [begin, end) that any of some queries see, and [all_begin, all_end) that all of them do,
+// where all of them are there. More than 2^31 keys of one head fit on no card.
+struct KeysOf {
+  int begin = 0, end = 0, all_begin = 0, all_end = 0;
+
+  __device__ KeysOf(const AttentionLayer& layer, Range queries) {
+    if (queries.begin >= layer.queries) return;
+    const bool is_whole = queries.end <= layer.queries;
+    const Range first = visible(layer, queries.begin);
+    const Range last = visible(layer, (is_whole ? queries.end : layer.queries) - 1);
+    begin = static_cast<int>(first.begin);
+    end = static_cast<int>(last.end);
+    all_begin = static_cast<int>(last.begin);
+    all_end = is_whole ? static_cast<int>(first.end) : 0;
+  }
+};
 
 // Bits of the weights that dropout keeps, 16 keys to a word.
 template <int kQueries, int kKeys>

@@ -6,10 +6,11 @@
 // sum[1] are row g, columns 2t and 2t + 1, sum[2] and sum[3] the same of row g + 8.
 //
 //   Left    load_rows      from [row][depth]      load_columns   from [depth][row]
-//           from_sums      sums of an earlier product, whose columns are now the depth
+//           from operands  sums of an earlier product, whose columns are now the depth
 //   Right   load_rows      from [column][depth]   load_columns   from [depth][column]
 //
-// Right operands come in pairs, 16 columns. kPad is by how many elements rows of a tile are longer
+// Right operands come in pairs, 16 columns. An Operand is what sums of eight columns become on their
+// way to a left operand. kPad is by how many elements rows of a tile are longer
 // than a power of two, so that a warp's accesses fall on different banks.
 
 #include "cuda/tile_mma.cuh"
@@ -27,6 +28,7 @@ struct HalfProducts {
   static constexpr int kDepth = 16, kPad = 8;
   using Left = uint32_t[4];
   using Right = uint32_t[2];
+  using Operand = uint32_t[2];
 
   static __device__ void load_left_rows(Left& left, const Element* tile, int stride) {
     const int lane = lane_of_warp();
@@ -48,11 +50,16 @@ struct HalfProducts {
     load_matrix_x4_trans(loaded, tile + lane % 16 * stride + lane / 16 * 8);
     split(loaded, right);
   }
-  static __device__ void left_from_sums(Left& left, const Sums* sums) {
-    left[0] = packed_pair<Storage>(sums[0][0], sums[0][1]);
-    left[1] = packed_pair<Storage>(sums[0][2], sums[0][3]);
-    left[2] = packed_pair<Storage>(sums[1][0], sums[1][1]);
-    left[3] = packed_pair<Storage>(sums[1][2], sums[1][3]);
+  static __device__ void make_operand(Operand& operand, const Sums& sums) {
+    operand[0] = packed_pair<Storage>(sums[0], sums[1]);
+    operand[1] = packed_pair<Storage>(sums[2], sums[3]);
+  }
+  static __device__ void load_left(Left& left, const Operand* operands, int depth) {
+    const Operand* const both = operands + depth / 8;
+    left[0] = both[0][0];
+    left[1] = both[0][1];
+    left[2] = both[1][0];
+    left[3] = both[1][1];
   }
   static __device__ void multiply(Sums& sums, const Left& left, const Right& right) {
     mma_m16n8k16<Storage>(sums, left, right);
@@ -75,6 +82,7 @@ struct Tf32Products {
   static constexpr int kDepth = 8, kPad = 8;
   using Left = uint32_t[4];
   using Right = uint32_t[2];
+  using Operand = uint32_t[4];
 
   static __device__ void load_left_rows(Left& left, const float* tile, int stride) {
     const int lane = lane_of_warp();
@@ -107,8 +115,12 @@ struct Tf32Products {
       right[i][1] = to_tf32(column[i * 8 + stride]);
     }
   }
-  static __device__ void left_from_sums(Left& left, const Sums* sums) {
-    set(left, sums[0][0], sums[0][2], sums[0][1], sums[0][3]);
+  static __device__ void make_operand(Operand& operand, const Sums& sums) {
+    set(operand, sums[0], sums[2], sums[1], sums[3]);
+  }
+  static __device__ void load_left(Left& left, const Operand* operands, int depth) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) left[i] = operands[depth / 8][i];
   }
   static __device__ void multiply(Sums& sums, const Left& left, const Right& right) {
     mma_m16n8k8(sums, left, right);
@@ -130,6 +142,7 @@ struct Fp32Products {
   static constexpr int kDepth = 4, kPad = 4;
   using Left = float[2][4];   // rows g and g + 8
   using Right = float[2][4];  // columns 2t and 2t + 1
+  using Operand = Sums;
 
   static __device__ void load_left_rows(Left& left, const float* tile, int stride) {
     const float* const row = tile + lane_of_warp() / 4 * stride;
@@ -164,9 +177,14 @@ struct Fp32Products {
       }
     }
   }
-  // The left operand of half a tile of sums: its four columns lie in two lanes.
-  static __device__ void left_from_sums(Left& left, const Sums& sums, int half) {
-    const int first = lane_of_warp() / 4 * 4 + 2 * half;
+  static __device__ void make_operand(Operand& operand, const Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) operand[i] = sums[i];
+  }
+  // Four columns of sums lie in two lanes.
+  static __device__ void load_left(Left& left, const Operand* operands, int depth) {
+    const Operand& sums = operands[depth / 8];
+    const int first = lane_of_warp() / 4 * 4 + depth % 8 / 2;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       left[0][k] = __shfl_sync(0xFFFFFFFFu, sums[k % 2], first + k / 2);
@@ -240,7 +258,9 @@ __device__ void add_product(Sums (&sums)[kRowTiles][kColumnTiles],
                             const typename Products::Element* left, int left_stride,
                             const typename Products::Element* right, int right_stride) {
   static_assert(kDeep % Products::kDepth == 0 && kColumnTiles % 2 == 0);
-#pragma unroll
+  // All of it would have loads of many steps in registers at once.
+  constexpr int kUnroll = Products::kDepth < 8 ? 2 : 4;
+#pragma unroll kUnroll
   for (int depth = 0; depth < kDeep; depth += Products::kDepth) {
     typename Products::Left a[kRowTiles];
 #pragma unroll
@@ -262,29 +282,32 @@ __device__ void add_product(Sums (&sums)[kRowTiles][kColumnTiles],
   }
 }
 
-// The same where the left operand is in registers: the sums of an earlier product, kDepthTiles
-// tiles of eight columns.
+template <class Products, int kRowTiles, int kColumnTiles>
+__device__ void make_operands(typename Products::Operand (&operands)[kRowTiles][kColumnTiles],
+                              const Sums (&sums)[kRowTiles][kColumnTiles]) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) Products::make_operand(operands[i][j], sums[i][j]);
+  }
+}
+
+// The same where the left operand is in registers, kDepthTiles tiles of eight columns.
 template <class Products, Side kRightSide, int kRowTiles, int kDepthTiles, int kColumnTiles>
-__device__ void add_product_of_sums(Sums (&sums)[kRowTiles][kColumnTiles],
-                                    const Sums (&left)[kRowTiles][kDepthTiles],
-                                    const typename Products::Element* right, int right_stride) {
+__device__ void add_product(Sums (&sums)[kRowTiles][kColumnTiles],
+                            const typename Products::Operand (&left)[kRowTiles][kDepthTiles],
+                            const typename Products::Element* right, int right_stride) {
   static_assert(kDepthTiles * 8 % Products::kDepth == 0 && kColumnTiles % 2 == 0);
 #pragma unroll
   for (int depth = 0; depth < kDepthTiles * 8; depth += Products::kDepth) {
     typename Products::Left a[kRowTiles];
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-      if constexpr (Products::kDepth < 8) {
-        Products::left_from_sums(a[i], left[i][depth / 8], depth % 8 / Products::kDepth);
-      } else {
-        Products::left_from_sums(a[i], &left[i][depth / 8]);
-      }
-    }
+    for (int i = 0; i < kRowTiles; ++i) Products::load_left(a[i], left[i], depth);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; j += 2) {
       typename Products::Right b[2];
-      load_right<Products, kRightSide>(b, right + place_of<kRightSide>(8 * j, depth, right_stride),
-                                       right_stride);
+      load_right<Products, kRightSide>(
+          b, right + place_of<kRightSide>(8 * j, depth, right_stride), right_stride);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         Products::multiply(sums[i][j], a[i], b[0]);
