@@ -62,8 +62,12 @@ CPU_SOURCES = [
 CUDA_SOURCES = [
     "csrc/cuda/optimizer_step.cu",
     "csrc/cuda/grad_norm.cu",
+    "csrc/cuda/attention_forward.cu",
+    "csrc/cuda/attention_backward.cu",
+    "csrc/cuda/attention_query_gradients.cu",
     "csrc/cuda/device.cu",
     "csrc/bindings/cuda_plan.cpp",
+    "csrc/bindings/cuda_attention_calls.cpp",
     "csrc/bindings/cuda_module.cpp",
 ]
 SHARED_SOURCES = [

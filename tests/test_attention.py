@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as stock_attention
 from torch.testing._internal.common_methods_invocations import op_db
 
+from cards import BACKENDS, backends_and_dtypes, card, placed  # noqa: F401 (a fixture)
 from fastopt import _native_cpu, use_backend
 from fastopt.nn.functional import attention, scaled_dot_product_attention
 from tolerances import (
@@ -95,7 +96,7 @@ def run(
     case: Case, dtype: torch.dtype, backend: str, given: tuple[Any, ...] | None = None
 ) -> dict[str, Tensor]:
     """Outputs and gradients, by name; the reference computes in double precision throughout."""
-    inputs, mask, gradient = given or tensors(case, dtype)
+    inputs, mask, gradient = placed(given or tensors(case, dtype), backend)
     wide = torch.float64 if backend == "reference" else dtype
     leaves = dict(zip("qkv", [x.to(wide).requires_grad_() for x in inputs], strict=True))
     if mask is not None and not case.boolean:
@@ -104,11 +105,12 @@ def run(
     torch.manual_seed(3)
     output, logsumexp = attention(
         leaves["q"], leaves["k"], leaves["v"], attn_mask=mask, return_lse=True, backend=backend,
-        **case.options,
+        **placed(case.options, backend),
     )  # fmt: skip
     gradients = torch.autograd.grad(output, list(leaves.values()), gradient.to(wide))
     named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
-    return {"output": output.detach(), "logsumexp": logsumexp, **named}
+    results: dict[str, Tensor] = {"output": output.detach(), "logsumexp": logsumexp, **named}
+    return {name: result.cpu() for name, result in results.items()}
 
 
 def table_of(result: str) -> str:
@@ -127,12 +129,13 @@ def size_of_mask_terms(case: Case, given: tuple[Any, ...]) -> Tensor:
     return alone.abs().sum_to_size(mask.shape).max()
 
 
-@pytest.mark.parametrize("dtype", [*WIDE, *NARROW], ids=str)
+@pytest.mark.usefixtures("card")
+@backends_and_dtypes([*WIDE, *NARROW])
 @pytest.mark.parametrize("name", CASES)
-def test_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
+def test_agrees_with_the_reference(name: str, backend: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     given = tensors(case, dtype)
-    actual, expected = run(case, dtype, "cpu", given), run(case, dtype, "reference", given)
+    actual, expected = run(case, dtype, backend, given), run(case, dtype, "reference", given)
     sizes = {"gradient of mask": size_of_mask_terms(case, given)}
     for key, value in expected.items():
         ours = actual[key]
@@ -146,13 +149,15 @@ def test_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
             assert_rounds_like_operands(ours, value, size)
 
 
-@pytest.mark.parametrize("dtype", [*WIDE, *NARROW], ids=str)
+@pytest.mark.usefixtures("card")
+@backends_and_dtypes([*WIDE, *NARROW])
 @pytest.mark.parametrize("name", ["one query", "few queries", "one of everything"])
-def test_inference_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
-    """Without gradients, few queries take another way."""
+def test_inference_agrees_with_the_reference(name: str, backend: str, dtype: torch.dtype) -> None:
+    """Without gradients, few queries take another way on a CPU."""
     case = CASES[name]
     inputs, _, _ = tensors(case, dtype)
-    output, logsumexp = attention(*inputs, return_lse=True, backend="cpu", **case.options)
+    results = attention(*placed(inputs, backend), return_lse=True, backend=backend, **case.options)
+    output, logsumexp = [result.cpu() for result in results]
     wide = [tensor.double() for tensor in inputs]
     truth, sums = attention(*wide, return_lse=True, backend="reference", **case.options)
     precise = torch.float64 if dtype is torch.float64 else torch.float32
@@ -216,9 +221,13 @@ def test_samples_of_torch(dtype: torch.dtype) -> None:
             assert_as_near_as_stock(actual, stock, truth)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
-def test_any_sizes_and_strides(data: st.DataObject) -> None:
+def test_any_sizes_and_strides(backend: str, data: st.DataObject) -> None:
     small = st.integers(1, 40)
     group, key_heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
     batch = data.draw(st.integers(1, 2))
@@ -239,7 +248,7 @@ def test_any_sizes_and_strides(data: st.DataObject) -> None:
     back = [order.index(i) for i in range(4)]
     inputs = [x.permute(order).contiguous().permute(back) for x in inputs]
     gradient = gradient.permute(order).contiguous().permute(back)
-    actual = run(case, torch.float32, "cpu", (inputs, mask, gradient))
+    actual = run(case, torch.float32, backend, (inputs, mask, gradient))
     for key, value in expected.items():
         assert_matches(actual[key], value.float(), op=table_of(key), dtype=torch.float32)
 
@@ -262,10 +271,10 @@ def test_each_instruction_set(isa: str) -> None:
         "import torch, test_attention as t, test_attention_sequences as s\n"
         "for name in ('plain', 'odd', 'everything', 'one query'):\n"
         "    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n"
-        "        t.test_agrees_with_the_reference(name, dtype)\n"
+        "        t.test_agrees_with_the_reference(name, 'cpu', dtype)\n"
         "for dtype in s.DTYPES:\n"
-        "    s.test_few_queries_over_keys_that_are_split(8, dtype)\n"
-        "    s.test_sequences_agree_with_the_reference('sinks', dtype)\n"
+        "    s.test_few_queries_over_keys_that_are_split(8, 'cpu', dtype)\n"
+        "    s.test_sequences_agree_with_the_reference('sinks', 'cpu', dtype)\n"
         "print(t._native_cpu.instruction_set)"
     )
     result = subprocess.run(

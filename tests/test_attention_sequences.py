@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as stock_attention
 
+from cards import BACKENDS, backends_and_dtypes, card, placed  # noqa: F401 (a fixture)
 from fastopt import use_backend
 from fastopt.nn.functional import attention, scaled_dot_product_attention
 from tolerances import assert_matches, assert_no_worse_than_stock, assert_rounds_like_operands
@@ -44,10 +45,10 @@ def rows(dtype: torch.dtype, queries: int = sum(QUERIES), keys: int = sum(KEYS))
 
 def results(inputs: list[Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
     """Output, logsumexp and gradients by name; the reference computes in double precision."""
-    *given, gradient = inputs
+    *given, gradient = placed(inputs, backend)
     wide = torch.float64 if backend == "reference" else gradient.dtype
     leaves = dict(zip("qkv", [x.to(wide).requires_grad_() for x in given], strict=True))
-    options = dict(options)
+    options = placed(options, backend)
     if (sink := options.get("learnable_sink")) is not None:
         leaves["sink"] = options["learnable_sink"] = sink.to(wide).requires_grad_()
     torch.manual_seed(3)
@@ -56,7 +57,8 @@ def results(inputs: list[Tensor], backend: str, **options: Any) -> dict[str, Ten
     )
     gradients = torch.autograd.grad(output, list(leaves.values()), gradient.to(wide))
     named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
-    return {"output": output.detach(), "logsumexp": logsumexp, **named}
+    found: dict[str, Tensor] = {"output": output.detach(), "logsumexp": logsumexp, **named}
+    return {name: result.cpu() for name, result in found.items()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -71,17 +73,19 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: t
             assert_rounds_like_operands(actual[name], value, value.abs().max())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("card")
+@backends_and_dtypes(DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_sequences_agree_with_the_reference(name: str, dtype: torch.dtype) -> None:
+def test_sequences_agree_with_the_reference(name: str, backend: str, dtype: torch.dtype) -> None:
     given = rows(dtype)
     options = OPTIONS[name] | {"cu_seqlens_q": starts(QUERIES), "cu_seqlens_k": starts(KEYS)}
     expected = results(given, "reference", **options)
-    assert_same(results(given, "cpu", **options), expected, dtype)
+    assert_same(results(given, backend, **options), expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sequences_of_few_queries_over_caches(dtype: torch.dtype) -> None:
+@pytest.mark.usefixtures("card")
+@backends_and_dtypes(DTYPES)
+def test_sequences_of_few_queries_over_caches(backend: str, dtype: torch.dtype) -> None:
     """As in decoding a batch of texts: one or some tokens each, and what is cached of each."""
     lengths, room, used = [1, 0, 4, 2], [20, 30, 600, 5], [17, 30, 555, 5]
     query, key, value, _ = rows(dtype, sum(lengths), sum(room))
@@ -89,7 +93,9 @@ def test_sequences_of_few_queries_over_caches(dtype: torch.dtype) -> None:
         "cu_seqlens_q": starts(lengths), "cu_seqlens_k": starts(room), "causal": True,
         "cache_seqlens": torch.tensor(used), "return_lse": True,
     }  # fmt: skip
-    output, logsumexp = attention(query, key, value, backend="cpu", **options)
+    on_device = placed([query, key, value], backend)
+    outputs = attention(*on_device, backend=backend, **placed(options, backend))
+    output, logsumexp = [result.cpu() for result in outputs]
     wide = [tensor.double() for tensor in (query, key, value)]
     truth, sums = attention(*wide, backend="reference", **options)
     actual = {"output": output, "logsumexp": logsumexp}
@@ -125,8 +131,10 @@ def test_keys_follow_the_queries_where_nothing_else_is_said() -> None:
     assert torch.equal(attention(query, key, value, **own), attention(query, key, value, **both))
 
 
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queries", [1, 3, 30])
-def test_a_cache_is_used_as_far_as_it_is_filled(queries: int) -> None:
+def test_a_cache_is_used_as_far_as_it_is_filled(queries: int, backend: str) -> None:
     used = [7, 300, 40]
     query = torch.randn(3, HEADS, queries, FEATURES)
     key = torch.randn(3, KEY_HEADS, 320, FEATURES)
@@ -135,7 +143,7 @@ def test_a_cache_is_used_as_far_as_it_is_filled(queries: int) -> None:
     mask = torch.randn(1, HEADS, queries, 320)
     options: dict[str, Any] = {"causal": True, "attn_mask": mask}
     actual = results(
-        [query, key, value, gradient], "cpu", cache_seqlens=torch.tensor(used), **options
+        [query, key, value, gradient], backend, cache_seqlens=torch.tensor(used), **options
     )
     for number, count in enumerate(used):
         one = slice(number, number + 1)
@@ -156,17 +164,21 @@ def test_a_cache_is_used_as_far_as_it_is_filled(queries: int) -> None:
     assert torch.equal(whole, attention(query, key[:, :, :50], value[:, :, :50]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("card")
+@backends_and_dtypes(DTYPES)
 @pytest.mark.parametrize("group", [1, 8])
-def test_few_queries_over_keys_that_are_split(group: int, dtype: torch.dtype) -> None:
+def test_few_queries_over_keys_that_are_split(group: int, backend: str, dtype: torch.dtype) -> None:
     query = torch.randn(1, 2 * group, 2, 40).to(dtype)
-    key, value = torch.randn(1, 2, 5000, 40).to(dtype), torch.randn(1, 2, 5000, 70).to(dtype)
+    keys = 5000 if backend == "cpu" else 500  # on a card, nothing is split
+    key, value = torch.randn(1, 2, keys, 40).to(dtype), torch.randn(1, 2, keys, 70).to(dtype)
     gradient = torch.randn(1, 2 * group, 2, 70).to(dtype)
     options = {"causal": True, "dropout_p": 0.1, "learnable_sink": torch.randn(2 * group)}
     expected = results([query, key, value, gradient], "reference", **options)
-    assert_same(results([query, key, value, gradient], "cpu", **options), expected, dtype)
+    assert_same(results([query, key, value, gradient], backend, **options), expected, dtype)
     torch.manual_seed(3)
-    output, logsumexp = attention(query, key, value, return_lse=True, backend="cpu", **options)
+    on_device = placed([query, key, value], backend)
+    outputs = attention(*on_device, return_lse=True, backend=backend, **placed(options, backend))
+    output, logsumexp = [result.cpu() for result in outputs]
     decoded = {"output": output, "logsumexp": logsumexp}
     assert_same(decoded, {name: expected[name] for name in decoded}, dtype)
 

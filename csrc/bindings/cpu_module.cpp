@@ -19,14 +19,14 @@ using namespace fastopt;
 
 namespace {
 
-// Whether kernels can read all of them as they are; None is nothing to read.
-bool are_plain(py::list tensors) {
+// Whether kernels of a type of device can read all of them as they are; None is nothing to read.
+bool are_plain(py::list tensors, int device_type) {
   for (py::handle tensor : tensors) {
     torch_access::Description description;
     if (tensor.is_none()) continue;
     if (!torch_access::has_plain_type(tensor.ptr()) ||
         !torch_access::describe(tensor.ptr(), description) ||
-        description.device_type != torch_access::kDLCPU ||
+        description.device_type != device_type ||
         torch_access::is_lazily_changed(tensor.ptr(), description)) {
       return false;
     }
@@ -56,7 +56,7 @@ PYBIND11_MODULE(_native_cpu, m) {
 
   m.def("initialise", &torch_access::initialise, py::arg("torch"),
         "Connects to torch; returns what this torch lacks, in words, or an empty string.");
-  m.def("are_plain", &are_plain, py::arg("tensors"));
+  m.def("are_plain", &are_plain, py::arg("tensors"), py::arg("device_type"));
   m.def("may_overlap_itself", &may_overlap_itself, py::arg("sizes"), py::arg("strides"),
         "False only where no two indices mean the same address.");
 

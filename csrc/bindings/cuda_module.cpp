@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/collectable.h"
+#include "bindings/cuda_attention_calls.h"
 #include "bindings/cuda_plan.h"
 #include "bindings/group_rules.h"
 #include "bindings/torch_access.h"
@@ -31,6 +32,8 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
 #if defined(FASTOPT_HOST_SIM)
   m.def("set_seed", &host_sim::set_seed, py::arg("seed"), "The order of threads and blocks.");
 #endif
+
+  export_cuda_attention(m);
 
   py::class_<CudaPlan>(m, "OptimizerPlan", py::module_local(),
                        py::custom_type_setup(make_collectable<CudaPlan>))

@@ -26,7 +26,8 @@ struct KeysShape {
   static constexpr int kRowTiles = kIsHalf && kFeatures == 64 && !kIsGeneral ? 2 : 1;
   static constexpr int kWarpKeys = 16 * kRowTiles;
   static constexpr int kKeys = kWarps * kWarpKeys;
-  static constexpr bool kIsTight = kFeatures == 256 || (kFeatures == 128 && (kIsGeneral || !kIsHalf));
+  static constexpr bool kIsTight =
+      kFeatures == 256 || (kFeatures == 128 && (kIsGeneral || !kIsHalf));
   static constexpr int kQueries = kIsTight ? 16 : 32;
   static constexpr int kStages = kIsHalf && kFeatures < 256 ? 2 : 1;
   static constexpr int kThreads = kThreadsOf<kWarps>;
@@ -51,15 +52,14 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
   constexpr int kThreads = Shape::kThreads, kStride = KeyTile::kStride;
   constexpr int kScoreStride = Shape::ScoreTile::kStride, kOutputs = Shape::kOutputs;
   const int part = static_cast<int>(blockIdx.x % Shape::kParts);
-  const BlockPlace place =
-      place_of_block<kKeys>(blockIdx.x / Shape::kParts, whole.layer.batch, whole.layer.key_rows,
-                            whole.layer.key_starts);
+  const BlockPlace place = place_of_block<kKeys>(blockIdx.x / Shape::kParts, whole.layer.batch,
+                                                 whole.layer.key_rows, whole.layer.key_starts);
   const AttentionBackward call = sequence_of<Storage>(whole, place.batch);
   const AttentionLayer& layer = call.layer;
   const int64_t key_head = place.head, first_key = place.first;
   if (first_key >= layer.keys) return;
-  const int64_t moved = static_cast<float*>(call.logsumexp.data) -
-                        static_cast<float*>(whole.logsumexp.data);
+  const int64_t moved =
+      static_cast<float*>(call.logsumexp.data) - static_cast<float*>(whole.logsumexp.data);
   const float* const deltas = whole_deltas + moved;
 
   Storage* const keys = reinterpret_cast<Storage*>(dynamic_shared());
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
   constexpr int kStageElements = 2 * kQueries * kStride;
   Storage* const score_gradients = queries + Shape::kStages * kStageElements;  // [key][query]
   __shared__ QueryNumbers<kQueries> numbers[Shape::kStages];
-  __shared__ Kept<kQueries, kKeys> kept;
+  __shared__ Kept<kQueries, kKeys> kept[Shape::kStages];
 
   copy_tile<KeyTile, kThreads>(keys, layer.key, key_head, first_key, layer.keys, layer.features);
   copy_tile<KeyTile, kThreads>(values, layer.value, key_head, first_key, layer.keys,
@@ -85,10 +85,10 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
   const Range of_block{first_key, first_key + kKeys < layer.keys ? first_key + kKeys : layer.keys};
   const Range seeing_queries = seeing(layer, of_block);
   const int first_tile = static_cast<int>(seeing_queries.begin) / kQueries * kQueries;
-  const int tiles = seeing_queries.begin < seeing_queries.end
-                        ? (static_cast<int>(seeing_queries.end) - first_tile + kQueries - 1) /
-                              kQueries
-                        : 0;
+  const int tiles =
+      seeing_queries.begin < seeing_queries.end
+          ? (static_cast<int>(seeing_queries.end) - first_tile + kQueries - 1) / kQueries
+          : 0;
   const int group = static_cast<int>(layer.heads / layer.key_heads);
   const auto head_of = [&](int step) { return key_head * group + step / tiles; };
   const auto tile_of = [&](int step) { return first_tile + step % tiles * kQueries; };
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
     const bool drops = kIsGeneral && layer.dropout > 0;
     copy_async_wait<0>();
     if constexpr (kIsGeneral) {
-      if (drops) draw<kThreads>(kept, layer, head, first_query, first_key);
+      if (drops) draw<kThreads>(kept[stage], layer, head, first_query, first_key);
     }
     __syncthreads();  // this stage is there, and nobody reads the other one any more
     if (Shape::kStages > 1 && step + 1 < steps) load_stage(step + 1);
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
     Sums weights[kRowTiles][kQueries / 8], through[kRowTiles][kQueries / 8];
     clear(weights);
     clear(through);
-    add_product<Products, Side::kRows, Side::kRows, V::kFeatures>(
-        weights, keys + own_row * kStride, kStride, query_tile, kStride);
+    add_product<Products, Side::kRows, Side::kRows, V::kFeatures>(weights, keys + own_row * kStride,
+                                                                  kStride, query_tile, kStride);
     add_product<Products, Side::kRows, Side::kRows, V::kFeatures>(
         through, values + own_row * kStride, kStride, gradient_tile, kStride);
     const TileScores<Storage> scores(layer, head, first_query, first_key);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
             const int key = own_row + 16 * i + 8 * (k / 2) + lane_of_warp() / 4;
             const int query = 8 * j + lane_of_warp() % 4 * 2 + k % 2;
             gradients[i][j][k] = differentiate<V::kScoring, decltype(bounded)::value>(
-                scores, numbers[stage], drops ? &kept : nullptr, growth, query, key,
+                scores, numbers[stage], drops ? &kept[stage] : nullptr, growth, query, key,
                 weights[i][j][k], through[i][j][k]);
           }
         }
@@ -174,9 +174,9 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
       const int column = first_output + warp * kColumns;
       add_product<Products, Side::kColumns, Side::kColumns, kKeys>(
           query_sums, score_gradients, kScoreStride, keys + column, kStride);
-      float* const target = whole_query_sums +
-                            (moved + head * call.logsumexp.head_stride + first_query) *
-                                layer.features;
+      float* const target =
+          whole_query_sums +
+          (moved + head * call.logsumexp.head_stride + first_query) * layer.features;
 #pragma unroll
       for (int i = 0; i < kQueries / 16; ++i) {
 #pragma unroll
@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(kDeltaThreads)
     attention_sink_kernel(const __grid_constant__ AttentionBackward whole, const float* deltas) {
   const int64_t batch = blockIdx.x / whole.layer.heads, head = blockIdx.x % whole.layer.heads;
   const AttentionBackward call = sequence_of<Storage>(whole, batch);
-  const int64_t moved = static_cast<float*>(call.logsumexp.data) -
-                        static_cast<float*>(whole.logsumexp.data);
+  const int64_t moved =
+      static_cast<float*>(call.logsumexp.data) - static_cast<float*>(whole.logsumexp.data);
   const float sink = static_cast<const float*>(call.layer.sinks)[head];
   float sum = 0;
   for (int64_t i = threadIdx.x; i < call.layer.queries; i += kDeltaThreads) {
@@ -307,9 +307,9 @@ void launch_attention_backward(const AttentionBackward& call, float* deltas, flo
   });
   with_variant(layer, work.float32, [&](auto variant) {
     using Shape = KeysShape<decltype(variant)>;
-    const int64_t blocks = Shape::kParts * layer.key_heads *
-                           blocks_of_head<Shape::kKeys>(layer.batch, layer.key_rows,
-                                                        layer.key_starts);
+    const int64_t blocks =
+        Shape::kParts * layer.key_heads *
+        blocks_of_head<Shape::kKeys>(layer.batch, layer.key_rows, layer.key_starts);
     launch("attention_backward_kernel", work.stream, {blocks, Shape::kThreads, Shape::kSharedBytes},
            attention_backward_kernel<decltype(variant)>, call, deltas, query_sums);
   });

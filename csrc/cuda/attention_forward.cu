@@ -27,10 +27,14 @@ struct ForwardShape {
                                        : (kFeatures == 64    ? 64
                                           : kFeatures == 128 ? 32
                                                              : 16);
+  // Without tensor cores, operands leave no registers for the sums of more than 128 features.
+  static constexpr int kOutputs = kFeatures == 256 && Products::kDepth < 8 ? 128 : kFeatures;
+  static constexpr int kParts = kFeatures / kOutputs;
   static constexpr int kThreads = kThreadsOf<kWarps>;
   using QueryTile = Tile<Products, kQueries, kFeatures>;
   using KeyTile = Tile<Products, kKeys, kFeatures>;
-  static constexpr int kSharedBytes = QueryTile::kBytes + 2 * KeyTile::kBytes;
+  using ValueTile = Tile<Products, kKeys, kOutputs>;
+  static constexpr int kSharedBytes = QueryTile::kBytes + KeyTile::kBytes + ValueTile::kBytes;
 };
 
 // What a warp's rows have gathered: for each lane its two rows of each row tile. The sums of
@@ -141,16 +145,20 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
   using Storage = typename Shape::Storage;
   using QueryTile = typename Shape::QueryTile;
   using KeyTile = typename Shape::KeyTile;
+  using ValueTile = typename Shape::ValueTile;
   constexpr bool kIsGeneral = Shape::kIsGeneral;
   constexpr int kFeatures = V::kFeatures;
   constexpr int kKeys = Shape::kKeys, kRowTiles = Shape::kRowTiles, kStride = KeyTile::kStride;
   constexpr int kThreads = Shape::kThreads;
-  const BlockPlace place = place_of_block<Shape::kQueries>(
-      blockIdx.x, whole.layer.batch, whole.layer.query_rows, whole.layer.query_starts);
-  const AttentionForward call = sequence_of<Storage>(whole, place.batch);
+  const BlockPlace place =
+      place_of_block<Shape::kQueries>(blockIdx.x / Shape::kParts, whole.layer.batch,
+                                      whole.layer.query_rows, whole.layer.query_starts);
+  AttentionForward call = sequence_of<Storage>(whole, place.batch);
   const AttentionLayer& layer = call.layer;
   const int64_t head = place.head, first = place.first;
   if (first >= layer.queries) return;
+  const int first_output = static_cast<int>(blockIdx.x % Shape::kParts) * Shape::kOutputs;
+  call.layer.value.data = static_cast<Storage*>(layer.value.data) + first_output;
 
   Storage* const queries = reinterpret_cast<Storage*>(dynamic_shared());
   Storage* const keys = queries + QueryTile::kRows * kStride;
@@ -164,7 +172,7 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
   const KeysOf own_seen(layer, {own_first, own_first + Shape::kWarpQueries});
   const float factor = kIsGeneral ? 1.0f : static_cast<float>(layer.scale);
 
-  Sums sums[kRowTiles][kFeatures / 8];
+  Sums sums[kRowTiles][Shape::kOutputs / 8];
   clear(sums);
   Rows<kRowTiles> rows;
 #pragma unroll
@@ -183,8 +191,8 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
   for (; tile < seen.end; tile += kKeys) {
     copy_async_wait<0>();
     __syncthreads();  // keys are there, and nobody reads values any more
-    copy_tile<KeyTile, kThreads>(values, layer.value, key_head, tile, layer.keys,
-                                 layer.value_features);
+    copy_tile<ValueTile, kThreads>(values, layer.value, key_head, tile, layer.keys,
+                                   layer.value_features - first_output);
     copy_async_commit();
     const bool has_work = tile < own_seen.end && tile + kKeys > own_seen.begin;
     Sums weights[kRowTiles][kKeys / 8];
@@ -210,7 +218,7 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
                                    layer.features);
     }
     copy_async_commit();
-    if (has_work) add_product<Products, Side::kColumns>(sums, operands, values, kStride);
+    if (has_work) add_product<Products, Side::kColumns>(sums, operands, values, ValueTile::kStride);
   }
   copy_async_wait<0>();
 
@@ -244,8 +252,8 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
   __syncwarp();
   Storage* const own = queries + own_row * kStride;
   store_sums<Products, kStride>(own, sums, factors);
-  write_rows<Shape::kWarpQueries, kFeatures, kStride>(own, call.output, head, own_first,
-                                                      layer.queries, 0, layer.value_features);
+  write_rows<Shape::kWarpQueries, Shape::kOutputs, kStride>(
+      own, call.output, head, own_first, layer.queries, first_output, layer.value_features);
 }
 
 }  // namespace
@@ -259,8 +267,9 @@ void launch_attention_forward(const AttentionForward& call, const AttentionWork&
   const AttentionLayer& layer = call.layer;
   with_variant(layer, work.float32, [&](auto variant) {
     using Shape = ForwardShape<decltype(variant)>;
-    const int64_t blocks = layer.heads * blocks_of_head<Shape::kQueries>(
-                                             layer.batch, layer.query_rows, layer.query_starts);
+    const int64_t blocks =
+        Shape::kParts * layer.heads *
+        blocks_of_head<Shape::kQueries>(layer.batch, layer.query_rows, layer.query_starts);
     launch("attention_forward_kernel", work.stream, {blocks, Shape::kThreads, Shape::kSharedBytes},
            attention_forward_kernel<decltype(variant)>, call);
   });

@@ -16,9 +16,8 @@ struct SquareShape {
   using Storage = typename Products::Element;
   static constexpr bool kIsHalf = sizeof(Storage) == 2;
   static constexpr int kFeatures = V::kFeatures;
-  static constexpr int kSide = (kIsHalf ? 128 : 64) / (kFeatures / 64) > 64
-                                   ? 64
-                                   : (kIsHalf ? 128 : 64) / (kFeatures / 64);
+  static constexpr int kSide =
+      (kIsHalf ? 128 : 64) / (kFeatures / 64) > 64 ? 64 : (kIsHalf ? 128 : 64) / (kFeatures / 64);
   static constexpr int kWarps = kSide / 16;
   static constexpr int kThreads = kThreadsOf<kWarps>;
   using RowTile = Tile<Products, kSide, kFeatures>;
@@ -52,8 +51,8 @@ struct Square {
     const AttentionLayer& layer = call.layer;
     copy_tile<RowTile, Shape::kThreads>(queries, layer.query, head, first, layer.queries,
                                         layer.features);
-    copy_tile<RowTile, Shape::kThreads>(gradients, call.output_gradient, head, first,
-                                        layer.queries, layer.value_features);
+    copy_tile<RowTile, Shape::kThreads>(gradients, call.output_gradient, head, first, layer.queries,
+                                        layer.value_features);
     load_numbers<Shape::kThreads>(numbers, call, deltas, head, first);
   }
 
@@ -68,8 +67,7 @@ struct Square {
   // Gradients of products, or with kOfScores of scores, for the warp's 16 queries.
   template <bool kOfScores>
   __device__ void differentiate_own(const AttentionLayer& layer, int64_t head, int64_t first_query,
-                                    int64_t first_key,
-                                    Sums (&results)[1][Shape::kSide / 8]) const {
+                                    int64_t first_key, Sums (&results)[1][Shape::kSide / 8]) const {
     const int own_row = static_cast<int>(threadIdx.x) / 32 * 16;
     Sums weights[1][Shape::kSide / 8], through[1][Shape::kSide / 8];
     clear(weights);
@@ -87,9 +85,9 @@ struct Square {
       for (int k = 0; k < 4; ++k) {
         const int query = own_row + 8 * (k / 2) + lane_of_warp() / 4;
         const int key = 8 * j + lane_of_warp() % 4 * 2 + k % 2;
-        const float of_product = differentiate<V::kScoring, true>(
-            scores, numbers, drops ? &kept : nullptr, growth, query, key, weights[0][j][k],
-            through[0][j][k]);
+        const float of_product =
+            differentiate<V::kScoring, true>(scores, numbers, drops ? &kept : nullptr, growth,
+                                             query, key, weights[0][j][k], through[0][j][k]);
         results[0][j][k] = kOfScores ? through[0][j][k] : of_product;
       }
     }
@@ -105,9 +103,8 @@ __global__ void __launch_bounds__(SquareShape<V>::kThreads, 2)
   using Storage = typename Shape::Storage;
   __shared__ QueryNumbers<Shape::kSide> numbers;
   __shared__ Kept<Shape::kSide, Shape::kSide> kept;
-  const BlockPlace place =
-      place_of_block<Shape::kSide>(blockIdx.x, whole.layer.batch, whole.layer.query_rows,
-                                   whole.layer.query_starts);
+  const BlockPlace place = place_of_block<Shape::kSide>(
+      blockIdx.x, whole.layer.batch, whole.layer.query_rows, whole.layer.query_starts);
   const AttentionBackward call = sequence_of<Storage>(whole, place.batch);
   const AttentionLayer& layer = call.layer;
   const int64_t head = place.head, first = place.first;

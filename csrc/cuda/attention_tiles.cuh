@@ -74,8 +74,8 @@ __device__ bool has_aligned_rows(const AttentionTensor& tensor) {
 }
 
 // Starts to copy rows [first, first + kRows) of a head into a tile, with zeros for rows from `end`
-// on and beyond `features`: they are there after copy_async_wait and a barrier. A thread stays in its
-// columns of 16 bytes.
+// on and beyond `features`: they are there after copy_async_wait and a barrier. A thread stays in
+// its columns of 16 bytes.
 template <class ATile, int kThreads, class Storage>
 __device__ void copy_tile(Storage* tile, const AttentionTensor& source, int64_t head, int64_t first,
                           int64_t end, int64_t features) {
@@ -93,7 +93,7 @@ __device__ void copy_tile(Storage* tile, const AttentionTensor& source, int64_t 
     Storage* target = tile + row * ATile::kStride + column;
     if (aligned) {
       const void* const any = source.data;
-#pragma unroll
+#pragma unroll 4
       for (int i = 0; i < ATile::kRows / kStep; ++i) {
         const int bytes = row < rows ? there * static_cast<int>(sizeof(Storage)) : 0;
         copy_async_16(target, bytes > 0 ? line : any, bytes);

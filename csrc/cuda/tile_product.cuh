@@ -9,9 +9,9 @@
 //           from operands  sums of an earlier product, whose columns are now the depth
 //   Right   load_rows      from [column][depth]   load_columns   from [depth][column]
 //
-// Right operands come in pairs, 16 columns. An Operand is what sums of eight columns become on their
-// way to a left operand. kPad is by how many elements rows of a tile are longer
-// than a power of two, so that a warp's accesses fall on different banks.
+// Right operands come in pairs, 16 columns. An Operand is what sums of eight columns become on
+// their way to a left operand. kPad is by how many elements rows of a tile are longer than a power
+// of two, so that a warp's accesses fall on different banks.
 
 #include "cuda/tile_mma.cuh"
 
@@ -259,7 +259,7 @@ __device__ void add_product(Sums (&sums)[kRowTiles][kColumnTiles],
                             const typename Products::Element* right, int right_stride) {
   static_assert(kDeep % Products::kDepth == 0 && kColumnTiles % 2 == 0);
   // All of it would have loads of many steps in registers at once.
-  constexpr int kUnroll = Products::kDepth < 8 ? 2 : 4;
+  [[maybe_unused]] constexpr int kUnroll = Products::kDepth < 8 ? 2 : 4;
 #pragma unroll kUnroll
   for (int depth = 0; depth < kDeep; depth += Products::kDepth) {
     typename Products::Left a[kRowTiles];
@@ -306,8 +306,8 @@ __device__ void add_product(Sums (&sums)[kRowTiles][kColumnTiles],
 #pragma unroll
     for (int j = 0; j < kColumnTiles; j += 2) {
       typename Products::Right b[2];
-      load_right<Products, kRightSide>(
-          b, right + place_of<kRightSide>(8 * j, depth, right_stride), right_stride);
+      load_right<Products, kRightSide>(b, right + place_of<kRightSide>(8 * j, depth, right_stride),
+                                       right_stride);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         Products::multiply(sums[i][j], a[i], b[0]);

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastopt import _native_cpu
 from fastopt.backends.contract import AttentionRequest
-from fastopt.backends.plain_tensors import not_plain, transformed
+from fastopt.backends.plain_tensors import DLPACK_DEVICES, compute_dtype, not_plain, transformed
 
 
 def refuse_attention(
@@ -38,7 +39,9 @@ def refuse_attention(
     for name, tensor, wanted in named:
         if tensor is not None and wanted is not None and tensor.dtype is not wanted:
             return f"{name} has dtype {tensor.dtype} beside queries of {dtype}"
-    if not (torch.compiler.is_compiling() or _native_cpu.are_plain([t for _, t, _ in named])):
+    if torch.compiler.is_compiling():
+        return _refuse_sizes(request)
+    if not _native_cpu.are_plain([t for _, t, _ in named], DLPACK_DEVICES[device]):
         for name, tensor, _ in named:
             if tensor is not None and (reason := not_plain(name, tensor, device, (tensor.dtype,))):
                 return reason
@@ -102,3 +105,88 @@ def expanded(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 def empty_gradient(tensor: Tensor) -> Tensor:
     """Laid out as the tensor, with contiguous features."""
     return torch.empty_like(contiguous_features(tensor))
+
+
+def precise_dtype(request: AttentionRequest) -> torch.dtype:
+    """Of logsumexp, and of sums on their way to gradients."""
+    return compute_dtype(request.query.dtype)
+
+
+def native_tensors(native: Any, request: AttentionRequest) -> Any:
+    """The request as the functions of a native module take it."""
+    query, key = request.query, request.key
+    allowed, slopes, seed = request.allowed, request.slopes, request.seed
+    sinks = request.sinks
+    starts, key_starts, used = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (request.query_starts, request.key_starts, request.used_keys)
+    )
+    return native.AttentionTensors(
+        contiguous_features(query), contiguous_features(key), contiguous_features(request.value),
+        expanded(request.bias, query, key),
+        expanded(None if allowed is None else allowed.view(torch.uint8), query, key),
+        None if slopes is None else slopes.float().contiguous(),
+        None if sinks is None else sinks.to(precise_dtype(request)).contiguous(),
+        starts, key_starts, used, request.scale, request.softcap, request.left, request.right,
+        request.bottom_right, request.dropout,
+        0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
+    )  # fmt: skip
+
+
+def _is_empty(request: AttentionRequest) -> bool:
+    return 0 in (request.query.size(0), request.query.size(2), request.key.size(2))
+
+
+def forward(
+    native: Any, request: AttentionRequest, run: Callable[[Any, Tensor, Tensor], None]
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp, which ``run`` writes."""
+    query = request.query
+    output = empty_output(query, request.value)
+    logsumexp = query.new_empty(query.shape[:3], dtype=precise_dtype(request))
+    if _is_empty(request):
+        nothing = -torch.inf if request.sinks is None else request.sinks.unsqueeze(1)
+        logsumexp.copy_(torch.as_tensor(nothing))
+        return output.zero_(), logsumexp
+    run(native_tensors(native, request), output, logsumexp)
+    return output, logsumexp
+
+
+def backward(
+    native: Any,
+    request: AttentionRequest,
+    output_gradient: Tensor,
+    bias_sums: Tensor | None,
+    sinks_wanted: bool,
+    run: Callable[[Any, Tensor, list[Tensor | None]], None],
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, bias and sinks.
+
+    ``run`` gets the gradient of the output and what it is to write: the first three, the sums of
+    the bias, which may have more rows than it, and those of the sinks in each sequence.
+    """
+    query, sinks = request.query, request.sinks if sinks_wanted else None
+    gradients = [empty_gradient(tensor) for tensor in (query, request.key, request.value)]
+    if request.used_keys is not None or _is_empty(request):  # some of them nobody writes
+        for gradient in gradients:
+            gradient.zero_()
+    sink_sums = None
+    if sinks is not None:
+        starts = request.query_starts
+        batch = query.size(0) if starts is None else starts.size(0) - 1
+        sink_sums = query.new_zeros((batch, query.size(1)), dtype=precise_dtype(request))
+    if not _is_empty(request):
+        tensors = native_tensors(native, request)
+        bias = expanded(bias_sums, query, request.key)
+        run(tensors, contiguous_features(output_gradient), [*gradients, bias, sink_sums])
+    elif bias_sums is not None:
+        bias_sums.zero_()
+    if bias_sums is None or request.bias is None:
+        gradients.append(query.new_empty(0))
+    else:
+        gradients.append(bias_sums.sum_to_size(request.bias.shape).to(request.bias.dtype))
+    if sinks is None or sink_sums is None:
+        gradients.append(query.new_empty(0))
+    else:
+        gradients.append(sink_sums.sum(0).to(sinks.dtype))
+    return tuple(gradients)

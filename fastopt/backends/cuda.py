@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.backends import selfcheck
+from fastopt.backends import cuda_attention, selfcheck
 from fastopt.backends.contract import (
     AttentionRequest,
     Created,
@@ -23,7 +23,7 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
-from fastopt.backends.plain_tensors import refuse_request
+from fastopt.backends.plain_tensors import DLPACK_DEVICES, refuse_request
 from fastopt.backends.planning import (
     bump_versions,
     joined_norm,
@@ -31,9 +31,6 @@ from fastopt.backends.planning import (
     named_refusal,
     planned_parameters,
 )
-
-# As DLPack numbers device types.
-DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 
 
 def _version() -> str:
@@ -102,8 +99,33 @@ class CudaBackend:
         }
 
     def supports_attention(self, request: AttentionRequest) -> str | None:
-        """Not yet."""
-        return "backend 'cuda' has no attention"
+        """Plain tensors of fp32, bf16 or fp16 on a card, of up to 256 features."""
+        if request.device.type != self.device:
+            return f"the queries are on {request.device}"
+        if self.native is None or self.missing:
+            return self.missing
+        reason = cuda_attention.refuse(self.native, request, self.device)
+        return reason or selfcheck.refusal("attention", self, request.device)
+
+    def attention_forward(
+        self, request: AttentionRequest, inference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Output and logsumexp; nothing hangs on ``inference``."""
+        return cuda_attention.forward(self.native, request)
+
+    def attention_backward(
+        self,
+        request: AttentionRequest,
+        output_gradient: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        bias_wanted: bool,
+        sinks_wanted: bool,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of query, key, value, bias and sinks; empty where the last are not wanted."""
+        return cuda_attention.backward(
+            self.native, request, output_gradient, output, logsumexp, bias_wanted, sinks_wanted
+        )
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """No kernel yet."""

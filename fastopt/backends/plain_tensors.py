@@ -15,6 +15,9 @@ from fastopt.backends.contract import ParameterRequest
 REAL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = (*REAL_DTYPES, torch.complex64, torch.complex128)
 
+# As DLPack numbers device types.
+DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+
 # Of tensors as the kernels see them, where a complex one has a dimension more.
 MAX_DIMS = 64
 
@@ -64,6 +67,11 @@ def not_plain(
     if tensor.dim() + tensor.is_complex() > MAX_DIMS:
         return f"{what} has {tensor.dim()} dimensions"
     return None
+
+
+def can_be_read_now(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are there without waiting for a device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def transformed() -> str | None:

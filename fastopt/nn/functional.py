@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from fastopt.backends.contract import AttentionRequest
-from fastopt.backends.plain_tensors import autocast_dtype
+from fastopt.backends.plain_tensors import autocast_dtype, can_be_read_now
 from fastopt.backends.reference import dropout_factors
 from fastopt.ops.attention import attention as run_attention
 from fastopt.ops.attention import with_seed
@@ -181,7 +181,7 @@ def attention(
     request = _request(
         query, key, value, attn_mask, scale,
         slopes=slopes, sinks=learnable_sink, query_starts=starts, key_starts=key_starts,
-        used_keys=_used_keys(cache_seqlens, batch), dropout=float(dropout_p),
+        used_keys=_used_keys(cache_seqlens, batch, query), dropout=float(dropout_p),
         softcap=float(softcap), left=left, right=0 if causal else right, bottom_right=True,
     )  # fmt: skip
     result = run_attention(request, backend)
@@ -309,7 +309,7 @@ def _starts(side: str, starts: Tensor, longest: int | None) -> Tensor:
             f"cu_seqlens_{side} must be int32 or int64 [batch + 1], got {starts.dtype} "
             f"{tuple(starts.shape)}"
         )
-    if longest is not None and not torch.compiler.is_compiling():
+    if longest is not None and can_be_read_now(starts):
         found = int(starts.diff().max())
         if longest < found:
             raise ValueError(
@@ -321,16 +321,16 @@ def _starts(side: str, starts: Tensor, longest: int | None) -> Tensor:
 def _narrowed(name: str, numbers: Tensor) -> Tensor:
     """As int32, which kernels read."""
     narrow = numbers.to(torch.int32)
-    if not torch.compiler.is_compiling() and not torch.equal(narrow.to(numbers.dtype), numbers):
+    if can_be_read_now(numbers) and not torch.equal(narrow.to(numbers.dtype), numbers):
         raise ValueError(f"{name} must fit 32 bits, got {numbers.tolist()}")
     return narrow
 
 
-def _used_keys(lengths: int | Tensor | None, batch: int) -> Tensor | None:
+def _used_keys(lengths: int | Tensor | None, batch: int, query: Tensor) -> Tensor | None:
     if lengths is None:
         return None
     if isinstance(lengths, int):
-        lengths = torch.full((batch,), lengths)
+        lengths = query.new_full((batch,), lengths, dtype=torch.int64)
     found: Any = lengths
     if isinstance(lengths, Tensor):
         if lengths.shape == (batch,) and lengths.dtype in (torch.int32, torch.int64):
@@ -355,7 +355,9 @@ def _nested(
     if not all(map(_is_jagged, nested)) or query.shape[:2] != key.shape[:2]:
         return None
     starts, key_starts, value_starts = (tensor.offsets() for tensor in nested)
-    if key.shape[:2] != value.shape[:2] or not torch.equal(key_starts, value_starts):
+    if key.shape[:2] != value.shape[:2]:
+        return None
+    if key_starts is not value_starts and not torch.equal(key_starts, value_starts):
         return None
     q, k, v = (tensor.values().unsqueeze(0) for tensor in (query, key, value))
     request = _request(

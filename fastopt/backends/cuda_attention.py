@@ -1,0 +1,87 @@
+"""The attention of backend ``cuda``: what it takes, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt.backends import attention_requests
+from fastopt.backends.contract import AttentionRequest
+from fastopt.backends.plain_tensors import REAL_DTYPES
+from fastopt.backends.streams import is_capturing, multiplies_in_tf32, stream_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse(native: ModuleType, request: AttentionRequest, device: str) -> str | None:
+    """Why the kernels do not run this attention, or None."""
+    if reason := attention_requests.refuse_attention(request, device, DTYPES):
+        return reason
+    most = native.most_attention_features
+    for name, tensor in ("query", request.query), ("value", request.value):
+        if tensor.size(-1) > most:
+            return f"{name} has {tensor.size(-1)} features, of which the kernels take {most}"
+    if request.dropout > 0 and is_capturing(request.device):
+        return "a graph would draw the same numbers for dropout at every replay"
+    return None
+
+
+@functools.cache
+def _load(native: ModuleType, dtype: torch.dtype, tf32: bool, device_index: int) -> None:
+    native.load_attention(REAL_DTYPES.index(dtype), tf32, device_index)
+
+
+def _call(native: ModuleType, request: AttentionRequest) -> tuple[bool, int, int]:
+    """Arithmetic, card and stream; the kernels are there from now on."""
+    dtype, device = request.query.dtype, request.device
+    tf32 = dtype is torch.float32 and multiplies_in_tf32()
+    index = device.index or 0
+    _load(native, dtype, tf32, index)
+    return tf32, index, stream_of(device)
+
+
+def forward(native: Any, request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp."""
+
+    def run(tensors: Any, output: Tensor, logsumexp: Tensor) -> None:
+        native.attention_forward(tensors, output, logsumexp, *_call(native, request))
+
+    return attention_requests.forward(native, request, run)
+
+
+def backward(
+    native: Any,
+    request: AttentionRequest,
+    output_gradient: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    bias_wanted: bool,
+    sinks_wanted: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, bias and sinks; the latter are empty where not wanted.
+
+    Blocks add to the gradients of queries in no fixed order, unless torch is to be deterministic.
+    """
+
+    def run(tensors: Any, gradient: Tensor, gradients: list[Tensor | None]) -> None:
+        deltas = torch.empty_like(logsumexp)
+        sums = None
+        if not torch.are_deterministic_algorithms_enabled():
+            sums = torch.zeros(request.query.shape, dtype=torch.float32, device=request.device)
+        native.attention_backward(
+            tensors, output, logsumexp, gradient, gradients, deltas, sums, *_call(native, request)
+        )
+        if sums is not None and gradients[0] is not None:
+            gradients[0].copy_(sums)
+
+    bias_sums = None
+    if bias_wanted and request.bias is not None:
+        shape = (*request.bias.shape[:2], request.query.size(2), request.key.size(2))
+        bias_sums = torch.empty(shape, dtype=torch.float32, device=request.device)
+    return attention_requests.backward(
+        native, request, output_gradient, bias_sums, sinks_wanted, run
+    )

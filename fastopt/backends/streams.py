@@ -1,0 +1,20 @@
+"""What calls of CUDA kernels hang on besides their tensors."""
+
+from __future__ import annotations
+
+import torch
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a card; 0 in the simulator."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph records what is launched on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def multiplies_in_tf32() -> bool:
+    """Whether the user lets torch round factors of fp32 products on a card to tf32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
