@@ -77,10 +77,19 @@ def assert_as_near_as_stock(actual: Tensor, stock: Tensor, truth: Tensor) -> Non
     assert ours <= ERROR_RATIO * theirs, f"error {ours} against stock's {theirs}"
 
 
-def assert_rounds_like_operands(actual: Tensor, expected: Tensor, size: Tensor) -> None:
-    """Holds a result of rounded factors to a few units in the last place of terms of a size."""
-    eps = torch.finfo(actual.dtype).eps
+# Of tf32, which rounds to 10 bits.
+TF32_EPS = 2.0**-10
+
+
+def assert_rounds_like_operands(
+    actual: Tensor, expected: Tensor, size: Tensor, eps: float | None = None
+) -> None:
+    """Holds a result of rounded factors to a few units in the last place of terms of a size.
+
+    ``eps`` is that of the factors where it is not the result's.
+    """
+    eps = torch.finfo(actual.dtype).eps if eps is None else eps
     relative, absolute = ROUNDED_OPERANDS_ULPS
     torch.testing.assert_close(
-        actual.double(), expected, rtol=relative * eps, atol=absolute * eps * float(size)
+        actual.double(), expected, rtol=relative * eps, atol=absolute * eps * float(size.detach())
     )

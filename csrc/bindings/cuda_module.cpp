@@ -31,6 +31,16 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
         "Connects to torch; returns what this torch lacks, in words, or an empty string.");
 #if defined(FASTOPT_HOST_SIM)
   m.def("set_seed", &host_sim::set_seed, py::arg("seed"), "The order of threads and blocks.");
+  m.def(
+      "register_memory",
+      [](uintptr_t address, size_t bytes) {
+        host_sim::register_memory(reinterpret_cast<void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"), "Has races of blocks in this memory found.");
+  m.def(
+      "unregister_memory",
+      [](uintptr_t address) { host_sim::unregister_memory(reinterpret_cast<void*>(address)); },
+      py::arg("address"));
 #endif
 
   export_cuda_attention(m);

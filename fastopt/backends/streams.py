@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -18,3 +21,14 @@ def is_capturing(device: torch.device) -> bool:
 def multiplies_in_tf32() -> bool:
     """Whether the user lets torch round factors of fp32 products on a card to tf32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Runs the block with fp32 products in tf32, or exactly."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -1,0 +1,323 @@
+"""Attention on cards, beyond the cases that it shares with the CPU: arithmetic, order, layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as stock_attention
+
+import test_attention as cases
+from cards import DEVICE, IS_SIMULATED, card, placed  # noqa: F401 (a fixture)
+from fastopt import nn, use_backend
+from fastopt.backends import registry, selfcheck
+from fastopt.backends.contract import AttentionRequest
+from fastopt.backends.cuda import CudaBackend
+from fastopt.backends.streams import tf32_products
+from fastopt.nn.functional import attention, scaled_dot_product_attention
+from tolerances import (
+    TF32_EPS,
+    assert_matches,
+    assert_no_worse_than_stock,
+    assert_rounds_like_operands,
+)
+
+simulated = pytest.mark.skipif(not IS_SIMULATED, reason="of the simulator")
+Case = cases.Case
+
+# Each size that a kernel is made for, both kinds of scores, several tiles in both directions.
+VARIANTS = {
+    f"{features} features, {kind}": Case((1, 2, 1, 70, 90, features, features), options, mask)
+    for features in (64, 128, 256)
+    for kind, options, mask in (
+        ("plain", {"causal": True}, None),
+        ("general", {"dropout_p": 0.2, "softcap": 2.0}, (70, 90)),
+    )
+}
+
+
+@pytest.fixture(autouse=True)
+def _card(card: CudaBackend) -> Iterator[None]:  # noqa: F811
+    yield
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def native() -> ModuleType:
+    backend = registry.BACKENDS["cuda"]
+    assert isinstance(backend, CudaBackend) and backend.native is not None
+    assert not backend.missing
+    return backend.native
+
+
+def compare(case: Case, dtype: torch.dtype, eps: float | None = None) -> dict[str, Tensor]:
+    given = cases.tensors(case, dtype)
+    actual = cases.run(case, dtype, "cuda", given)
+    expected = cases.run(case, dtype, "reference", given)
+    terms = cases.size_of_mask_terms(case, given)
+    for key, value in expected.items():
+        size = value[value.isfinite()].abs().max()
+        size = terms if key == "gradient of mask" else size
+        if eps is None and dtype is torch.float32:
+            table = cases.table_of(key)
+            assert_matches(actual[key], value.float(), op=table, dtype=torch.float32)
+        elif key == "logsumexp" and eps is None:
+            assert_matches(actual[key], value.float(), op="attention", dtype=torch.float32)
+        else:
+            assert_rounds_like_operands(actual[key], value, size, eps)
+    return actual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_kernel_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
+    compare(VARIANTS[name], dtype)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_kernel_of_deterministic_gradients(name: str, dtype: torch.dtype) -> None:
+    compare(VARIANTS[name], dtype)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "odd", "groups", "everything", "bias of groups"])
+def test_tf32(name: str) -> None:
+    """Rounded factors, exact sums; and really rounded."""
+    case = VARIANTS.get(name) or cases.CASES[name]
+    torch.manual_seed(1)
+    with tf32_products(True):
+        rounded = compare(case, torch.float32, TF32_EPS)
+    torch.manual_seed(1)
+    exact = cases.run(case, torch.float32, "cuda", cases.tensors(case, torch.float32))
+    assert not torch.equal(rounded["output"], exact["output"])
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("name", ["causal", "everything", "bias of heads", "groups"])
+def test_deterministic_gradients_have_the_same_bits_in_any_order(name: str) -> None:
+    given = cases.tensors(cases.CASES[name], torch.float32)
+    found = []
+    for seed in range(3):
+        if IS_SIMULATED:
+            native().set_seed(seed)
+        found.append(cases.run(cases.CASES[name], torch.float32, "cuda", given))
+    for other in found[1:]:
+        for key, value in found[0].items():
+            assert torch.equal(value, other[key]), key
+
+
+@simulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["several tiles", "everything", "dropout", "window"])
+def test_any_order_of_threads_and_blocks(name: str, dtype: torch.dtype) -> None:
+    for seed in range(1, 6):
+        native().set_seed(seed)
+        torch.manual_seed(2)
+        compare(cases.CASES[name], dtype)
+    native().set_seed(0)
+
+
+@simulated
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("name", ["causal", "everything", "bias for all"])
+def test_blocks_write_nothing_that_others_write(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulator finds two blocks that leave different values in a byte."""
+    module = native()
+    calls = {kind: getattr(module, f"attention_{kind}") for kind in ("forward", "backward")}
+    watched = 0
+
+    def watching(kind: str) -> Any:
+        def call(layer: Any, *arguments: Any) -> None:
+            nonlocal watched
+            written = [*arguments[:2], *arguments[3], arguments[4]] if kind == "backward" else []
+            written = written[2:] or list(arguments[:2])
+            tensors = [t for t in written if t is not None]
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                module.register_memory(storage.data_ptr(), storage.nbytes())
+            watched += len(tensors)
+            calls[kind](layer, *arguments)
+            for tensor in tensors:
+                module.unregister_memory(tensor.untyped_storage().data_ptr())
+
+        return call
+
+    for kind in calls:
+        monkeypatch.setattr(module, f"attention_{kind}", watching(kind))
+    compare(cases.CASES[name], torch.float32)
+    assert watched >= 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_no_worse_than_stock(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(2, 3, 100, 40).to(dtype) for _ in range(3)]
+    truth = stock_attention(*[tensor.double() for tensor in tensors], is_causal=True)
+    with use_backend("cuda"):
+        actual = scaled_dot_product_attention(*placed(tensors, "cuda"), is_causal=True).cpu()
+    assert_no_worse_than_stock(actual, stock_attention(*tensors, is_causal=True), truth)
+
+
+LAYOUTS = {
+    "beside each other": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "rows apart": lambda t: torch.stack([t, t], 3)[:, :, :, 0],
+    "features apart": lambda t: torch.stack([t, t], 4)[..., 1],
+    "batch expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [5, 32])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name: str, features: int, dtype: torch.dtype) -> None:
+    case = Case((2, 2, 2, 35, 40, features, features))
+    inputs, _, gradient = cases.tensors(case, dtype)
+    laid_out = [LAYOUTS[name](tensor) for tensor in inputs]
+    given = (laid_out, None, LAYOUTS[name](gradient))
+    actual = cases.run(case, dtype, "cuda", given)
+    dense = ([tensor.contiguous() for tensor in laid_out], None, given[2].contiguous())
+    for key, value in cases.run(case, dtype, "cuda", dense).items():
+        if key == "gradient of q":  # summed in no fixed order
+            table = cases.table_of(key)
+            if dtype is torch.float32:
+                assert_matches(actual[key], value, op=table, dtype=dtype)
+            else:
+                assert_rounds_like_operands(actual[key], value.double(), value.abs().max())
+        else:
+            assert torch.equal(actual[key], value), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [33, 64])
+def test_nothing_is_written_beside_the_tensors(features: int, dtype: torch.dtype) -> None:
+    """Results lie in larger tensors, with gaps between rows: those keep what they had."""
+    batch, heads, queries, keys = 2, 2, 37, 45
+    guard = 7.0
+
+    def inside(rows: int, wide: int) -> tuple[Tensor, Tensor]:
+        whole = torch.full((batch, heads + 1, rows + 2, wide + 8), guard, device=DEVICE).to(dtype)
+        return whole, whole[:, :heads, 1:-1, :wide]
+
+    def outside(whole: Tensor, part: Tensor) -> Tensor:
+        part.fill_(guard)
+        return whole
+
+    query, key, value = (
+        torch.randn(batch, heads, rows, features, device=DEVICE).to(dtype)
+        for rows in (queries, keys, keys)
+    )
+    sums = {"device": DEVICE, "dtype": torch.float32}
+    logsumexp = torch.empty(batch, heads, queries, **sums)  # type: ignore[call-overload]
+    layer = native().AttentionTensors(
+        query, key, value, *(None,) * 7, 0.2, 0.0, -1, 0, False, 0.0, 0
+    )
+    whole, output = inside(queries, features)
+    stream = torch.cuda.current_stream().cuda_stream if not IS_SIMULATED else 0
+    native().attention_forward(layer, output, logsumexp, False, 0, stream)
+    made = [inside(rows, features) for rows in (queries, keys, keys)]
+    arguments = [gradient for _, gradient in made], torch.empty_like(logsumexp)
+    native().attention_backward(
+        layer, output, logsumexp, torch.ones_like(query), [*arguments[0], None, None],
+        arguments[1], None, False, 0, stream,
+    )  # fmt: skip
+    assert all(bool((part != guard).any()) for part in (output, *arguments[0]))
+    for all_of_it, part in ((whole, output), *made):
+        assert (outside(all_of_it, part) == guard).all()
+
+
+@pytest.mark.parametrize("place", ["query", "key", "value", "mask"])
+def test_nan_propagates(place: str) -> None:
+    query, key, value = (torch.randn(1, 2, 40, 8) for _ in range(3))
+    mask = torch.zeros(40, 40)
+    {"query": query, "key": key, "value": value, "mask": mask}[place].view(-1)[5] = torch.nan
+    with use_backend("cuda"):
+        actual = scaled_dot_product_attention(*placed([query, key, value, mask], "cuda"))
+    expected = stock_attention(query.double(), key.double(), value.double(), mask.double())
+    assert torch.equal(actual.cpu().isnan(), expected.isnan())
+
+
+def test_large_scores() -> None:
+    """The largest weight is 1 exactly: differences come before the exponential."""
+    query = torch.full((1, 1, 3, 8), 3e3, device=DEVICE)
+    key = torch.eye(8, device=DEVICE)[None, None] * 1e3
+    value = torch.randn(1, 1, 8, 8, device=DEVICE)
+    output = attention(query, key, value, scale=1.0, backend="cuda")
+    assert_matches(output, value.mean(2, keepdim=True).expand(1, 1, 3, 8).contiguous(),
+                   op="attention", dtype=torch.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "text"),
+    [
+        (torch.float64, 8, "no kernel has the dtype torch.float64"),
+        (torch.float32, 257, "query has 257 features, of which the kernels take 256"),
+    ],
+)
+def test_what_the_kernels_do_not_take(dtype: torch.dtype, features: int, text: str) -> None:
+    inputs = [torch.randn(1, 1, 4, features, dtype=dtype, device=DEVICE) for _ in range(3)]
+    with pytest.raises(RuntimeError, match=text):
+        attention(*inputs, backend="cuda")
+
+
+def request(**changes: Any) -> AttentionRequest:
+    tensors = [torch.randn(1, 2, 5, 8, device=DEVICE) for _ in range(3)]
+    return AttentionRequest(*tensors, scale=0.5, **changes)
+
+
+def test_kernels_that_fail_their_self_check_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("FASTOPT_SELFCHECK", "on")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    selfcheck.forget()
+    backend = registry.BACKENDS["cuda"]
+    assert backend.supports_attention(request()) is None
+    selfcheck.forget()
+    for file in selfcheck.cache_directory().glob("*"):
+        file.unlink()
+    run = native().attention_forward
+
+    def wrong(layer: Any, output: Tensor, *rest: Any) -> None:
+        run(layer, output, *rest)
+        output += 0.1
+
+    monkeypatch.setattr(native(), "attention_forward", wrong)
+    with pytest.warns(RuntimeWarning, match="kernels for attention failed their self-check"):
+        reason = backend.supports_attention(request())
+    assert reason is not None and "failed their self-check on this card (bf16, " in reason
+    selfcheck.forget()
+
+
+def test_opcheck() -> None:
+    inputs = [torch.randn(1, 2, n, 3, device=DEVICE, requires_grad=True) for n in (4, 5, 5)]
+    bias = torch.randn(1, 1, 4, 5, device=DEVICE, requires_grad=True)
+    numbers = (0.2, 0.5, 0.0, -1, 0, False, False, "cuda")
+    arguments = (*inputs, bias, *(None,) * 6, torch.tensor(3), *numbers)
+    torch.library.opcheck(torch.ops.fastopt.attention, arguments)
+
+
+def test_a_module_trains() -> None:
+    torch.manual_seed(0)
+    ours = nn.MultiheadAttention(24, 3, batch_first=True).to(DEVICE)
+    stock = torch.nn.MultiheadAttention(24, 3, batch_first=True).to(DEVICE)
+    stock.load_state_dict(ours.state_dict())
+    data = torch.randn(2, 9, 24, device=DEVICE)
+    with use_backend("cuda"):
+        output, _ = ours(data, data, data, need_weights=False)
+        output.sin().sum().backward()
+    expected, _ = stock(data, data, data, need_weights=False)
+    expected.sin().sum().backward()
+    assert_matches(output.detach(), expected.detach(), op="attention", dtype=torch.float32)
+    for mine, twin in zip(ours.parameters(), stock.parameters(), strict=True):
+        assert mine.grad is not None and twin.grad is not None
+        assert_matches(mine.grad, twin.grad, op="attention gradients", dtype=torch.float32)
