@@ -21,7 +21,8 @@ class AttentionCase(ComputeCase):
         features: Of all three inputs.
         causal: Whether the mask is causal.
         queries: How many; 0: as many as keys.
-        extra: A learned bias of every head, or dropout of a tenth of the weights.
+        extra: A learned bias of every head, a mask of them all, or dropout of a tenth of the
+            weights.
     """
 
     group: ClassVar[str] = "Attention"
@@ -32,7 +33,7 @@ class AttentionCase(ComputeCase):
     features: int
     causal: bool = False
     queries: int = 0
-    extra: Literal["", "bias", "dropout"] = ""
+    extra: Literal["", "bias", "mask", "dropout"] = ""
 
     @property
     def rows(self) -> int:
@@ -95,3 +96,34 @@ ATTENTION_CASES = (
     ),
     *(_long_dropout(length) for length in (2048, 4096, 8192)),
 )
+
+
+def _on_card(
+    name: str, shape: tuple[int, int, int, int], bars: dict[str, float], **more: Any
+) -> tuple[AttentionCase, AttentionCase]:
+    def case(mode: Mode) -> AttentionCase:
+        return AttentionCase(
+            f"SDPA {name}, {mode}", *shape, mode=mode, device="cuda", compiled=True,
+            bars=tuple(Bar(contender, ratio) for contender, ratio in bars.items()), **more,
+        )  # fmt: skip
+
+    return case("inference"), case("training")
+
+
+_bf16: dict[str, Any] = {"dtype": torch.bfloat16}
+GPU_ATTENTION_CASES = (
+    *_on_card("causal 4x16x2048x128, bf16", (4, 16, 2048, 128), {"FLASH": 0.9}, causal=True,
+              **_bf16),
+    *_on_card("4x16x2048x64, bf16", (4, 16, 2048, 64), {"FLASH": 0.9}, **_bf16),
+    *_on_card("causal 8x12x1024x64, bf16", (8, 12, 1024, 64), {"FLASH": 0.9}, causal=True, **_bf16),
+    *_on_card("2x8x2048x256, bf16", (2, 8, 2048, 256), {"FLASH": 0.9}, **_bf16),
+    *_on_card("4x16x2048x64, bf16, dropout", (4, 16, 2048, 64), {"FLASH": 0.9}, extra="dropout",
+              **_bf16),
+    *_on_card("4x16x1024x64, bf16, mask", (4, 16, 1024, 64), {"EFFICIENT": 1.0}, extra="mask",
+              **_bf16),
+    *_on_card("4x16x1024x64, bf16, learned bias", (4, 16, 1024, 64), {"FlexAttention": 2.0},
+              extra="bias", **_bf16),
+    *_on_card("causal 2x8x1024x64, fp32", (2, 8, 1024, 64), {"EFFICIENT": 1.0}, causal=True),
+    *_on_card("causal 2x8x1024x64, tf32", (2, 8, 1024, 64), {"EFFICIENT": 1.0}, causal=True,
+              tf32=True),
+)  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as stock
 
@@ -24,7 +26,10 @@ PEERS = ("torch compiled", "FlexAttention")
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of a call and the gradient of its output, the same for every contender."""
+    """Inputs of a call and the gradient of its output, the same for every contender.
+
+    ``bias`` is learned, or a mask of bools.
+    """
 
     inputs: tuple[Tensor, Tensor, Tensor]
     bias: Tensor | None
@@ -34,7 +39,8 @@ class Problem:
     def leaves(self) -> dict[str, Tensor]:
         """What gets a gradient, by name."""
         named = dict(zip(("query", "key", "value"), self.inputs, strict=True))
-        return named if self.bias is None else {**named, "bias": self.bias}
+        is_learned = self.bias is not None and self.bias.is_floating_point()
+        return {**named, "bias": self.bias} if is_learned else named  # type: ignore[dict-item]
 
 
 def make_problem(case: AttentionCase, dtype: torch.dtype | None = None) -> Problem:
@@ -42,7 +48,8 @@ def make_problem(case: AttentionCase, dtype: torch.dtype | None = None) -> Probl
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(case.dtype).to(dtype or case.dtype)
+        drawn = torch.randn(shape, generator=generator).to(case.dtype)
+        return drawn.to(case.device, dtype or case.dtype)
 
     shapes = [
         (case.batch, case.heads, rows, case.features)
@@ -50,6 +57,8 @@ def make_problem(case: AttentionCase, dtype: torch.dtype | None = None) -> Probl
     ]
     query, key, value = (draw(*shape) for shape in shapes)
     bias = draw(case.heads, case.rows, case.length) if case.extra == "bias" else None
+    if case.extra == "mask":
+        bias = draw(case.rows, case.length) > 0
     problem = Problem((query, key, value), bias, draw(*shapes[0]))
     for leaf in problem.leaves.values():
         leaf.requires_grad_(case.mode == "training")
@@ -72,6 +81,54 @@ def attention_contenders(case: AttentionCase) -> dict[str, Contender]:
     }
 
 
+def gpu_attention_contenders(case: AttentionCase) -> dict[str, Contender]:
+    """Ours, each of stock's kernels and FlexAttention; those that refuse the case drop out."""
+    functions: dict[str, Callable[..., Tensor]] = {
+        OURS: fastopt.nn.functional.scaled_dot_product_attention,
+        **{name: _stock_kernel(kernel) for name, kernel in STOCK_KERNELS.items()},
+    }
+    if case.compiled and case.extra != "dropout":
+        functions["FlexAttention"] = _flex_attention(case)
+    if case.dtype is not torch.float32 and case.extra in ("", "dropout"):
+        functions |= _flash_attn()
+    return {
+        name: _contender(case, make_problem(case), function) for name, function in functions.items()
+    }
+
+
+STOCK_KERNELS = {
+    "FLASH": SDPBackend.FLASH_ATTENTION,
+    "EFFICIENT": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
+GPU_PEERS = (*STOCK_KERNELS, "FlexAttention", "flash-attn")
+
+
+def _stock_kernel(kernel: SDPBackend) -> Callable[..., Tensor]:
+    def call(*arguments: Any) -> Tensor:
+        with sdpa_kernel(kernel):
+            return stock(*arguments)
+
+    return call
+
+
+def _flash_attn() -> dict[str, Callable[..., Tensor]]:
+    """The package of this name, where it is installed."""
+    try:
+        package: Any = importlib.import_module("flash_attn")
+    except ImportError:
+        return {}
+
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, dropout: float, causal: bool
+    ) -> Tensor:
+        rows_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        output: Tensor = package.flash_attn_func(*rows_first, dropout_p=dropout, causal=causal)
+        return output.transpose(1, 2)
+
+    return {"flash-attn": call}
+
+
 def _flex_attention(case: AttentionCase) -> Callable[..., Tensor]:
     """With the signature of ``scaled_dot_product_attention``."""
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -79,7 +136,14 @@ def _flex_attention(case: AttentionCase) -> Callable[..., Tensor]:
     if case.causal:
         mask = create_block_mask(
             lambda batch, head, query, key: query >= key, None, None, case.rows, case.length,
-            device="cpu",
+            device=case.device,
+        )  # fmt: skip
+    if case.extra == "mask":
+        allowed = make_problem(case).bias
+        assert allowed is not None
+        mask = create_block_mask(
+            lambda batch, head, query, key: allowed[query, key], None, None, case.rows,
+            case.length, device=case.device,
         )  # fmt: skip
 
     def call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
@@ -87,7 +151,7 @@ def _flex_attention(case: AttentionCase) -> Callable[..., Tensor]:
             assert bias is not None
             return score + bias[head, row, column]
 
-        score_mod = None if bias is None else biased
+        score_mod = biased if case.extra == "bias" else None
         output = compiled(query, key, value, score_mod=score_mod, block_mask=mask)
         assert isinstance(output, Tensor)
         return output
@@ -117,6 +181,7 @@ def _contender(case: AttentionCase, problem: Problem, function: Callable[..., Te
 
 # Against stock in double precision, relative and absolute; bf16 has 8 bits.
 PARITY = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+TF32_PARITY = 8e-3
 
 
 def clipped(case: AttentionCase) -> AttentionCase:
@@ -141,7 +206,7 @@ def check_parity(case: AttentionCase) -> None:
     ours = fastopt.nn.functional.scaled_dot_product_attention
     actual = _everything(small, make_problem(small), ours)
     expected = _everything(small, make_problem(small, torch.float64), stock)
-    assert_same(case, actual, expected, PARITY[case.dtype])
+    assert_same(case, actual, expected, TF32_PARITY if case.tf32 else PARITY[case.dtype])
 
 
 def _everything(

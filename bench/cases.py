@@ -55,11 +55,15 @@ class ComputeCase(Case, abc.ABC):
     Attributes:
         mode: Forward and backward, or forward without gradients in ``eval()``.
         dtype: Of inputs and parameters.
+        device: Of inputs and parameters.
+        tf32: Whether factors of fp32 products may be rounded to tf32.
     """
 
     _: KW_ONLY
     mode: Mode = "training"
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    tf32: bool = False
 
     @property
     @abc.abstractmethod

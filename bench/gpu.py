@@ -9,6 +9,7 @@ file, and its times say nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,12 +18,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-COPY_PROBE = "copy_ of 100M"
 TOTAL_SECONDS = 8 * 60
 KEPT_CHARACTERS = 4000
 
@@ -43,14 +42,18 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
     card = {} if simulate else {"FASTOPT_TEST_DEVICE": "cuda"}
     build = {"FASTOPT_HOST_SIM": "1"} if simulate else {"FASTOPT_CUDA": "on", **_archs()}
     parity = ["tests/test_cuda_optimizers.py", "tests/test_cuda_device.py"]
+    activations = ["tests/test_cuda_attention.py", "tests/test_cuda_lstm.py"]
+    shared = ["tests/test_attention.py", "tests/test_attention_sequences.py", "-k", "cuda"]
     result = [
         Stage("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 240, build),
         Stage("parity on the card", [*pytest, *parity], 150, card),
+        Stage("parity of LSTM and attention", [*pytest, *activations], 200, card),
+        Stage("parity of shared cases", [*pytest, *shared], 120, card),
         Stage(
             "benchmark",
             [*python, "-m", "bench.gpu", "--figures", str(figures)]
             + (["--simulate"] if simulate else []),
-            150,
+            200,
         ),
         Stage("self-check", [*python, "-m", "fastopt", "selfcheck"], 60),
     ]
@@ -58,9 +61,10 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
         return result
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     some = ["tests/test_cuda_optimizers.py", "-k", "any_layout or norm_types"]
-    result.append(
-        Stage("compute-sanitizer", [sanitizer, "--error-exitcode", "1", *pytest, *some], 120, card)
-    )
+    kernels = ["tests/test_cuda_attention.py", "tests/test_cuda_lstm.py", "-k", "each_kernel"]
+    for tool, chosen in ("memcheck", some), ("memcheck", kernels), ("racecheck", kernels):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest, *chosen]
+        result.append(Stage(f"{tool}, {Path(chosen[0]).stem}", command, 150, card))
     cpu = [f"tests/test_{name}.py" for name in ("optimizer_parity", "training_tail", "grad_norm")]
     for isa in _instruction_sets():
         environment = {"FASTOPT_CPU_ISA": isa}
@@ -145,52 +149,30 @@ def run_all(folder: Path, simulate: bool) -> int:
     return sum(verdict["verdict"] != "passed" for verdict in verdicts.values())
 
 
-def measure(simulate: bool) -> dict[str, Any]:
-    """Checks and times the cases of a card, with the copy bandwidth in the same rounds."""
+def measure(simulate: bool, path: Path) -> None:
+    """Checks and times the cases of a card; what is done is in the file, should time run out."""
     import torch
 
-    from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION
-    from bench.optimizer_contenders import check_parity, optimizer_contenders
+    from bench.gpu_operators import OPERATORS, simulated_card
+    from bench.gpu_operators import measure as measure_operator
     from bench.results import machine, provenance
-    from bench.timing import Contender, interleaved
 
-    def synchronised(call: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            call()
-            if not simulate:
-                torch.cuda.synchronize()
-
-        return run
-
-    cases = {}
-    for case in GPU_CASES:
-        if simulate:
-            small = tuple(tuple(min(size, 40) for size in shape) for shape in case.shapes[:5])
-            case = dataclasses.replace(case, shapes=small, device="cpu", rounds=3, limit_bar=0.0)
-        check_parity(case)
-        contenders = optimizer_contenders(case)
-        size = 1000 if simulate else HUNDRED_MILLION
-        source, target = (torch.ones(size, device=case.device) for _ in range(2))
-        contenders[COPY_PROBE] = Contender(lambda t=target, s=source: t.copy_(s))  # type: ignore[misc]
-        timed = {
-            name: Contender(synchronised(contender.call), synchronised(contender.prepare))
-            for name, contender in contenders.items()
-        }
-        timings = interleaved(timed, case.rounds)
-        cases[case.name] = {name: dataclasses.asdict(timing) for name, timing in timings.items()}
-        print(
-            case.name, {name: f"{t.median * 1e3:.3f} ms" for name, t in timings.items()}, flush=True
-        )
+    synchronize = (lambda: None) if simulate else torch.cuda.synchronize
     card = "the host simulator" if simulate else torch.cuda.get_device_name()
-    return {"machine": {**machine(), **provenance(), "card": card}, "cases": cases}
+    cases: dict[str, Any] = {}
+    result = {"machine": {**machine(), **provenance(), "card": card}, "cases": cases}
+    with simulated_card() if simulate else contextlib.nullcontext():
+        for operator in OPERATORS:
+            for name, timings in measure_operator(operator, synchronize, simulate=simulate):
+                cases[name] = {who: dataclasses.asdict(t) for who, t in timings.items()}
+                print(name, {who: f"{t.median * 1e3:.3f} ms" for who, t in timings.items()})
+                path.write_text(json.dumps(result))
 
 
 def gpu_table(result: dict[str, Any] | None) -> str:
-    """A Markdown table; "not yet measured" where no card has produced a figure."""
-    from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION
-    from bench.timing import OURS
+    """Markdown tables; "not yet measured" where no card has produced a figure."""
+    from bench.gpu_operators import OPERATORS, table
 
-    contenders = ("torch default", "torch foreach", "torch fused")
     lines = []
     if result is not None and "machine" in result:
         machine = result["machine"]
@@ -200,35 +182,16 @@ def gpu_table(result: dict[str, Any] | None) -> str:
         lines += [
             f"{machine['card']}, torch {machine['torch']}, fastopt {machine['fastopt']} at "
             f"{machine['commit']}, {machine['date']}.{simulated} Columns give the contender's "
-            "median over fastopt's; bandwidth is the fraction of `copy_`'s in the same rounds.",
+            "median over fastopt's; an empty one does not take the case.",
             "",
         ]
-    lines += [
-        "| case | fastopt, ms | " + " | ".join(contenders) + " | bandwidth | bars |",
-        "|" + "---|" * (len(contenders) + 4),
-    ]
-    cases = {} if result is None else result["cases"]
-    for case in GPU_CASES:
-        bars = [f"{bar.ratio:g}x {bar.contender}" for bar in case.bars]
-        if case.limit_bar:
-            bars.append(f"{case.limit_bar:.0%} of copy_'s bandwidth")
-        if case.name not in cases:
-            lines.append(f"| {case.name} | not yet measured |  |  |  |  | {'<br>'.join(bars)} |")
-            continue
-        timings = cases[case.name]
-        ours = timings[OURS]["median"]
-        ratios = [f"{timings[name]['median'] / ours:.2f}" for name in contenders]
-        probe = 8 * HUNDRED_MILLION / timings[COPY_PROBE]["median"]
-        fraction = case.elements * case.bytes_per_element / ours / probe
-        lines.append(
-            f"| {case.name} | {ours * 1e3:.3g} | {' | '.join(ratios)} | {fraction:.0%} "
-            f"| {'<br>'.join(bars)} |"
-        )
+    for operator in OPERATORS:
+        lines += [*table(operator, {} if result is None else result["cases"]), ""]
     if result is not None and result.get("stages"):
-        lines += ["", "| stage | verdict | seconds |", "|---|---|---|"]
+        lines += ["| stage | verdict | seconds |", "|---|---|---|"]
         for name, stage in result["stages"].items():
             lines.append(f"| {name} | {stage['verdict']} | {stage['seconds']:.0f} |")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def main() -> int:
@@ -239,20 +202,9 @@ def main() -> int:
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.figures:
-        if arguments.simulate:
-            _simulate()
-        arguments.figures.write_text(json.dumps(measure(arguments.simulate)))
+        measure(arguments.simulate, arguments.figures)
         return 0
     return 1 if run_all(arguments.results, arguments.simulate) else 0
-
-
-def _simulate() -> None:
-
-    from fastopt import _native_cuda_sim as simulator  # type: ignore[attr-defined]
-    from fastopt.backends import registry
-    from fastopt.backends.cuda import CudaBackend
-
-    registry.BACKENDS["cuda"] = CudaBackend(simulator, "cpu")
 
 
 if __name__ == "__main__":

@@ -108,3 +108,30 @@ LSTM_CASES = (
     *_both("LSTM T64 B32 I128 H256, bf16", (64, 32, 128, 256), (2.0, 1.5), dtype=torch.bfloat16),
     *_both("LSTM T64 B32 I128 H256, fp64", (64, 32, 128, 256), (1.3, 1.2), dtype=torch.float64),
 )
+
+
+def _on_card(batch: int, hidden: int, ratio: float) -> tuple[LSTMCase, ...]:
+    """``ratio`` is of training; bf16, tf32 and fp32."""
+    kinds: dict[str, dict[str, Any]] = {
+        "bf16": {"dtype": torch.bfloat16},
+        "tf32": {"tf32": True},
+        "fp32": {},
+    }
+    return tuple(
+        LSTMCase(
+            f"LSTM T128 B{batch} I{hidden} H{hidden}, {kind}, training",
+            *(128, batch, hidden, hidden),
+            device="cuda",
+            bars=(Bar("torch default", ratio if kind != "fp32" else 1.0),),
+            **options,
+        )
+        for kind, options in kinds.items()
+    )
+
+
+GPU_LSTM_CASES = tuple(
+    case
+    for hidden in (256, 512, 1024)
+    for batch, ratio in ((16, 1.5), (64, 1.5), (256, 1.0))
+    for case in _on_card(batch, hidden, ratio)
+)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import gpu
-from bench.optimizer_cases import GPU_CASES
+from bench.gpu_operators import ALL_CASES
 
 
 def test_a_dry_run_passes_every_stage_and_writes_json_and_table(
@@ -21,13 +21,13 @@ def test_a_dry_run_passes_every_stage_and_writes_json_and_table(
     def quick(simulate: bool, figures: Path) -> list[gpu.Stage]:
         """The build has been made, the parity suite runs beside this test."""
         listed = stages(simulate, figures)
-        assert [stage.name for stage in listed[:2]] == ["build", "parity on the card"]
-        return [gpu.Stage("build", [sys.executable, "-c", ""], 60), *listed[2:]]
+        assert [stage.name.split()[0] for stage in listed[:4]] == ["build", *["parity"] * 3]
+        return [gpu.Stage("build", [sys.executable, "-c", ""], 60), *listed[4:]]
 
     monkeypatch.setattr(gpu, "stages", quick)
     assert gpu.run_all(tmp_path, simulate=True) == 0
     result = json.loads((tmp_path / "gpu-the-host-simulator.json").read_text())
-    assert result["simulated"] and set(result["cases"]) == {case.name for case in GPU_CASES}
+    assert result["simulated"] and set(result["cases"]) == {case.name for case in ALL_CASES}
     table = (tmp_path / "gpu-the-host-simulator.md").read_text()
     assert "say nothing" in table and "| benchmark | passed |" in table
 
@@ -56,4 +56,4 @@ def test_a_failing_or_slow_stage_does_not_stop_the_rest(
 
 def test_nothing_is_measured_without_a_card() -> None:
     table = gpu.gpu_table(None)
-    assert table.count("not yet measured") == len(GPU_CASES)
+    assert table.count("not yet measured") == len(ALL_CASES)

@@ -20,7 +20,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def multiplies_in_tf32() -> bool:
     """Whether the user lets torch round factors of fp32 products on a card to tf32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def _request(dtype: torch.dtype, sizes: Sizes, options: dict[str, Any]) -> Atten
 
 
 def _moved(request: AttentionRequest, device: torch.device, dtype: torch.dtype) -> AttentionRequest:
-    changed: dict[str, Tensor] = {}
+    changed: dict[str, Any] = {}
     for field in dataclasses.fields(request):
         tensor = getattr(request, field.name)
         if isinstance(tensor, Tensor) and field.name != "seed":

@@ -1,0 +1,179 @@
+"""What ``make gpu`` measures, operator by operator, and the tables that it makes of the figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bench import attention_contenders, lstm_contenders, optimizer_contenders
+from bench.attention_cases import GPU_ATTENTION_CASES
+from bench.cases import Case
+from bench.lstm_cases import GPU_LSTM_CASES
+from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION
+from bench.timing import OURS, Contender, Timing, interleaved
+from fastopt import use_backend
+from fastopt.backends.streams import tf32_products
+
+COPY_PROBE = "copy_ of 100M"
+Figures = Mapping[str, Mapping[str, Any]]  # timings of the contenders of a case, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuOperator:
+    """One table.
+
+    Attributes:
+        cases: Its rows.
+        contenders: What is timed, ours under the name ``OURS``.
+        check_parity: Raises before a case is timed that gives wrong numbers.
+        clipped: The case for the simulator, which is the CPU.
+        peers: The columns after ours: a contender's median over ours.
+        limit: The head of the column that says how near the machine's limit we are.
+        of_limit: That figure, from a case and its timings.
+    """
+
+    cases: tuple[Any, ...]
+    contenders: Callable[[Any], dict[str, Contender]]
+    check_parity: Callable[[Any], None]
+    clipped: Callable[[Any], Any]
+    peers: tuple[str, ...]
+    limit: str
+    of_limit: Callable[[Any, Figures], str]
+
+
+def _optimizer_contenders(case: Any) -> dict[str, Contender]:
+    size = 1000 if case.device == "cpu" else HUNDRED_MILLION
+    source, target = (torch.ones(size, device=case.device) for _ in range(2))
+    contenders = optimizer_contenders.optimizer_contenders(case)
+    return {**contenders, COPY_PROBE: Contender(lambda: target.copy_(source))}
+
+
+def _clipped_optimizer(case: Any) -> Any:
+    small = tuple(tuple(min(size, 40) for size in shape) for shape in case.shapes[:5])
+    return dataclasses.replace(case, shapes=small)
+
+
+def _of_copy(case: Any, timings: Figures) -> str:
+    probe = 8 * HUNDRED_MILLION / timings[COPY_PROBE]["median"]
+    return f"{case.elements * case.bytes_per_element / timings[OURS]['median'] / probe:.0%}"
+
+
+def _teraflops(case: Any, timings: Figures) -> str:
+    return f"{case.flops / timings[OURS]['median'] / 1e12:.3g}"
+
+
+OPERATORS = (
+    GpuOperator(
+        GPU_CASES,
+        _optimizer_contenders,
+        optimizer_contenders.check_parity,
+        _clipped_optimizer,
+        ("torch default", "torch foreach", "torch fused"),
+        "of copy_'s bandwidth",
+        _of_copy,
+    ),
+    GpuOperator(
+        GPU_LSTM_CASES,
+        lstm_contenders.lstm_contenders,
+        lstm_contenders.check_parity,
+        lstm_contenders.clipped,
+        ("torch default",),
+        "TFLOP/s",
+        _teraflops,
+    ),
+    GpuOperator(
+        GPU_ATTENTION_CASES,
+        attention_contenders.gpu_attention_contenders,
+        attention_contenders.check_parity,
+        attention_contenders.clipped,
+        attention_contenders.GPU_PEERS,
+        "TFLOP/s",
+        _teraflops,
+    ),
+)
+ALL_CASES: tuple[Case, ...] = tuple(case for operator in OPERATORS for case in operator.cases)
+
+
+def measure(
+    operator: GpuOperator, synchronize: Callable[[], None], *, simulate: bool
+) -> Iterator[tuple[str, dict[str, Timing]]]:
+    """Times each case, all contenders in turn; the simulator gets small ones."""
+    for case in operator.cases:
+        if simulate:
+            case = operator.clipped(case)
+            case = dataclasses.replace(case, device="cpu", rounds=3, limit_bar=0.0)
+        with use_backend("cuda"), tf32_products(getattr(case, "tf32", False)):
+            operator.check_parity(case)
+            timed: dict[str, Contender] = {}
+            for name, contender in operator.contenders(case).items():
+                own = Contender(
+                    _then(contender.call, synchronize), _then(contender.prepare, synchronize)
+                )
+                if name == OURS or _runs(own):
+                    timed[name] = own
+            yield case.name, interleaved(timed, case.rounds)
+
+
+def _then(call: Callable[[], object], after: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        call()
+        after()
+
+    return run
+
+
+def _runs(contender: Contender) -> bool:
+    """Whether a contender takes the case: stock's kernels refuse what they do not know."""
+    try:
+        contender.prepare()
+        contender.call()
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException):
+        return False
+    return True
+
+
+def bars_of(case: Case) -> str:
+    """In words, for a table's cell."""
+    bars = [f"{bar.ratio:g}x {bar.contender}" for bar in case.bars]
+    if case.limit_bar:
+        bars.append(f"{case.limit_bar:.0%} of the limit")
+    return "<br>".join(bars)
+
+
+def table(operator: GpuOperator, cases: Mapping[str, Figures]) -> list[str]:
+    """Lines of Markdown; "not yet measured" where no card has produced a figure."""
+    peers = operator.peers
+    lines = [
+        f"| case | fastopt, ms | {' | '.join(peers)} | {operator.limit} | bars |",
+        "|" + "---|" * (len(peers) + 4),
+    ]
+    for case in operator.cases:
+        if case.name not in cases:
+            empty = " | ".join([""] * (len(peers) + 1))
+            lines.append(f"| {case.name} | not yet measured | {empty} | {bars_of(case)} |")
+            continue
+        timings = cases[case.name]
+        ours = timings[OURS]["median"]
+        ratios = [f"{timings[n]['median'] / ours:.2f}" if n in timings else "" for n in peers]
+        cells = [f"{ours * 1e3:.3g}", *ratios, operator.of_limit(case, timings), bars_of(case)]
+        lines.append(f"| {case.name} | {' | '.join(cells)} |")
+    return lines
+
+
+@contextmanager
+def simulated_card() -> Iterator[None]:
+    """Puts the host simulator behind the backend ``cuda``."""
+    from fastopt import _native_cuda_sim as simulator  # type: ignore[attr-defined]
+    from fastopt.backends import registry
+    from fastopt.backends.cuda import CudaBackend
+
+    before = registry.BACKENDS["cuda"]
+    registry.BACKENDS["cuda"] = CudaBackend(simulator, "cpu")
+    try:
+        yield
+    finally:
+        registry.BACKENDS["cuda"] = before
