@@ -62,8 +62,12 @@ CPU_SOURCES = [
 CUDA_SOURCES = [
     "csrc/cuda/optimizer_step.cu",
     "csrc/cuda/grad_norm.cu",
+    "csrc/cuda/lstm_forward.cu",
+    "csrc/cuda/lstm_backward.cu",
+    "csrc/cuda/lstm_cell.cu",
     "csrc/cuda/device.cu",
     "csrc/bindings/cuda_plan.cpp",
+    "csrc/bindings/cuda_lstm_calls.cpp",
     "csrc/bindings/cuda_module.cpp",
 ]
 SHARED_SOURCES = [

@@ -41,7 +41,7 @@ struct ExponentialConstants<double> {
 };
 
 // 1 / (k + 2)!
-constexpr double series_coefficient(int k) {
+HOST_DEVICE constexpr double series_coefficient(int k) {
   double factorial = 1;
   for (int i = 2; i <= k + 2; ++i) factorial *= i;
   return 1 / factorial;
@@ -94,7 +94,7 @@ struct ReducedExponential {
     const V r = x - n * C::kLn2High - n * C::kLn2Low;
     V series = r * static_cast<T>(series_coefficient(C::kTerms - 1)) +
                static_cast<T>(series_coefficient(C::kTerms - 2));
-#pragma GCC unroll 16
+    FASTOPT_UNROLL
     for (int k = C::kTerms - 3; k >= 0; --k) {
       series = series * r + static_cast<T>(series_coefficient(k));
     }
@@ -114,9 +114,9 @@ HOST_DEVICE V exponential(V x) {
 // The polynomial for 2^r: in double precision its series, in single precision the one of degree 5
 // that is nearest for |r| <= 1/2 and 1 for r = 0, to 9.2e-8 (a linear program over 4000 points).
 template <class T>
-constexpr T power_coefficient(int k);
+HOST_DEVICE constexpr T power_coefficient(int k);
 template <>
-constexpr float power_coefficient<float>(int k) {
+HOST_DEVICE constexpr float power_coefficient<float>(int k) {
   constexpr float kNearest[] = {1.0f,
                                 0.6931469775950738f,
                                 0.24022242071221056f,
@@ -126,7 +126,7 @@ constexpr float power_coefficient<float>(int k) {
   return kNearest[k];
 }
 template <>
-constexpr double power_coefficient<double>(int k) {
+HOST_DEVICE constexpr double power_coefficient<double>(int k) {
   double coefficient = 1;  // ln(2)^k / k!
   for (int i = 1; i <= k; ++i) coefficient *= 0.693147180559945309417232121458 / i;
   return coefficient;
@@ -153,7 +153,7 @@ HOST_DEVICE V exponential_of_two(V x) {
   V whole;
   const V r = split_power<T>(x, whole);
   V series = r * power_coefficient<T>(kDegree) + power_coefficient<T>(kDegree - 1);
-#pragma GCC unroll 16
+  FASTOPT_UNROLL
   for (int k = kDegree - 2; k >= 0; --k) series = series * r + power_coefficient<T>(k);
   return times_power_of_two<T>(series, whole);
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.backends import selfcheck
+from fastopt.backends import cuda_lstm, selfcheck
 from fastopt.backends.contract import (
     AttentionRequest,
     Created,
@@ -23,6 +23,7 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
+from fastopt.backends.lstm_requests import refuse_lstm
 from fastopt.backends.plain_tensors import refuse_request
 from fastopt.backends.planning import (
     bump_versions,
@@ -106,8 +107,38 @@ class CudaBackend:
         return "backend 'cuda' has no attention"
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
-        """No kernel yet."""
-        return "the CUDA kernels have no LSTM"
+        """Plain tensors on a card; inside a graph's capture no packed sequences."""
+        reason = refuse_lstm(request, self.device)
+        return reason or self._lstm_refusal(request.device, request.batch_sizes is not None)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _lstm_refusal(self, device: torch.device, is_packed: bool) -> str | None:
+        if self.native is None or self.missing:
+            return self.missing
+        if is_packed and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "the steps of packed sequences cannot be copied inside a graph's capture"
+        return selfcheck.refusal("lstm", self, device)
+
+    def lstm_forward(
+        self,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        initial_hidden: Tensor,
+        initial_cell: Tensor,
+        weights: Sequence[Tensor],
+        has_biases: bool,
+        packed: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        """One layer; see ``cuda_lstm``. Nothing is ever packed for a card."""
+        layer = input, batch_sizes, initial_hidden, initial_cell, weights, has_biases
+        assert self.native is not None
+        return cuda_lstm.forward(self.native, *layer, save)
+
+    def lstm_backward(self, *arguments: Any) -> list[Tensor]:
+        """Gradients of one layer, by the arguments of ``Kernels.lstm_backward``."""
+        assert self.native is not None
+        return cuda_lstm.backward(self.native, *arguments)
 
     def plan_optimizer_step(
         self,
