@@ -44,6 +44,10 @@ TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
 # factors that were rounded to it go into every product of a low-precision attention.
 ROUNDED_OPERANDS_ULPS = (4.0, 3.0)
 
+# Tensor cores read ten bits behind the point of an fp32 number. Sums of such products, over all
+# hidden units and steps, as a part of the largest value.
+TF32_EPS = 2.0**-10
+
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 # "Low precision passes when its error against fp64 is at most twice stock's."
@@ -84,3 +88,9 @@ def assert_rounds_like_operands(actual: Tensor, expected: Tensor, size: Tensor) 
     torch.testing.assert_close(
         actual.double(), expected, rtol=relative * eps, atol=absolute * eps * float(size)
     )
+
+
+def assert_as_near_as_tf32(actual: Tensor, truth: Tensor) -> None:
+    """Holds the error against double precision to what tf32 products explain, and no less."""
+    error = (actual.double() - truth).abs().max() / truth.abs().max()
+    assert TF32_EPS / 1000 < error < TF32_EPS, f"error {error} against {TF32_EPS}"

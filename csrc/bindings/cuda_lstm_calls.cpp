@@ -13,27 +13,29 @@ namespace {
 
 using torch_access::DLDataType;
 
-// Looks tensors up, and keeps what the simulator has to know of them.
+// Looks tensors up, and keeps what the simulator has to know: which memory blocks write.
 class Tensors {
  public:
   explicit Tensors(const CudaLstmLayer& layer) : layer_(layer) {}
 
-  void* present(py::handle tensor, const char* name, const Sizes& sizes) {
-    return kept(fastopt::present(tensor, name, sizes, layer_.dtype, layer_.device), sizes,
-                layer_.dtype);
-  }
+  // Of the layer's dtype; nullptr for None.
   void* optional(py::handle tensor, const char* name, const Sizes& sizes) {
-    return kept(address(tensor, name, sizes, layer_.dtype, layer_.device), sizes, layer_.dtype);
+    return address(tensor, name, sizes, layer_.dtype, layer_.device);
+  }
+  void* read(py::handle tensor, const char* name, const Sizes& sizes) {
+    return present(tensor, name, sizes, layer_.dtype, layer_.device);
+  }
+  void* written(py::handle tensor, const char* name, const Sizes& sizes) {
+    return written(tensor, name, sizes, layer_.dtype);
   }
   // Of the type of the arithmetic.
-  void* cells(py::handle tensor, const char* name, const Sizes& sizes) {
-    const DType dtype = compute_dtype(layer_.dtype);
-    return kept(fastopt::present(tensor, name, sizes, dtype, layer_.device), sizes, dtype);
+  void* read_cells(py::handle tensor, const char* name, const Sizes& sizes) {
+    return present(tensor, name, sizes, compute_dtype(layer_.dtype), layer_.device);
   }
-  void* optional_cells(py::handle tensor, const char* name, const Sizes& sizes) {
-    return tensor.is_none() ? nullptr : cells(tensor, name, sizes);
+  void* written_cells(py::handle tensor, const char* name, const Sizes& sizes) {
+    return written(tensor, name, sizes, compute_dtype(layer_.dtype));
   }
-  // [rows, columns] with any stride between the rows.
+  // [rows, columns] with any stride between the rows; nullptr for None.
   void* rows(py::handle tensor, const char* name, const Sizes& sizes, int64_t& stride) {
     if (tensor.is_none()) return nullptr;
     const torch_access::Description given = described(tensor, name, layer_.device);
@@ -42,7 +44,6 @@ class Tensors {
                                   shape_text(sizes) + " and of the layer's dtype");
     }
     stride = given.strides[0];
-    if (stride < 0) throw std::invalid_argument(std::string(name) + " must not run backwards");
     return given.data;
   }
   void* integers(py::handle tensor, const char* name, int64_t count, uint8_t bits) {
@@ -51,17 +52,22 @@ class Tensors {
       throw std::invalid_argument(std::string(name) + " must be contiguous integers of shape " +
                                   shape_text(Sizes{count}));
     }
-    extents_.emplace_back(given.data, count * bits / 8, extents_.size());
     return given.data;
+  }
+  unsigned* counters(py::handle tensor, const char* name, int64_t count) {
+    void* const data = integers(tensor, name, count, 32);
+    extents_.emplace_back(data, count * 4, extents_.size());
+    return static_cast<unsigned*>(data);
   }
 
   SimulatedMemory simulated() { return SimulatedMemory(std::move(extents_)); }
 
  private:
-  void* kept(void* data, const Sizes& sizes, DType dtype) {
+  void* written(py::handle tensor, const char* name, const Sizes& sizes, DType dtype) {
+    void* const data = present(tensor, name, sizes, dtype, layer_.device);
     int64_t bytes = bytes_of(dtype);
     for (int64_t size : sizes) bytes *= size;
-    if (data) extents_.emplace_back(data, bytes, extents_.size());
+    extents_.emplace_back(data, bytes, extents_.size());
     return data;
   }
 
@@ -90,16 +96,16 @@ cuda::LstmRecurrence recurrence_of(const CudaLstmLayer& layer, const LstmGridTup
   }
   for (int i = 0; i < steps.directions; ++i) {
     recurrence.weights[i] =
-        tensors.present(weights[i], "weight_hh", {4 * int64_t{steps.hidden}, steps.hidden});
+        tensors.read(weights[i], "weight_hh", {4 * int64_t{steps.hidden}, steps.hidden});
   }
-  recurrence.exchange = tensors.present(
+  recurrence.exchange = tensors.written(
       exchange, "exchange",
       {2, steps.directions, steps.batch, cuda_lstm_exchange_width(layer, backward)});
   if (reinterpret_cast<uintptr_t>(recurrence.exchange) % 16 != 0) {
     throw std::invalid_argument("exchange must be aligned to 16 bytes");
   }
-  recurrence.counters = static_cast<unsigned*>(
-      tensors.integers(counters, "counters", int64_t{steps.directions} * spread.parts, 32));
+  recurrence.counters =
+      tensors.counters(counters, "counters", int64_t{steps.directions} * spread.parts);
   return recurrence;
 }
 
@@ -149,14 +155,16 @@ void cuda_lstm_forward(const CudaLstmLayer& layer, LstmGridTuple grid, bool tf32
   const Sizes states{directions, steps.batch, hidden};
   cuda::LstmForwardRun run{};
   run.layer = recurrence_of(layer, grid, tf32, weights, exchange, counters, false, tensors);
-  run.gates = tensors.present(gates, "gates", {directions, steps.tokens, 4 * hidden});
+  run.gates = tensors.written(gates, "gates", {directions, steps.tokens, 4 * hidden});
   run.save_gates = save_gates;
-  run.initial_hidden = tensors.present(initial_hidden, "initial_hidden", states);
-  run.cells = tensors.cells(cells, "cells", states);
-  run.output = tensors.present(output, "output", {steps.tokens, directions * hidden});
-  run.final_hidden = tensors.present(final_hidden, "final_hidden", states);
-  run.saved_cells =
-      tensors.optional_cells(saved_cells, "saved_cells", {directions, steps.tokens, hidden});
+  run.initial_hidden = tensors.read(initial_hidden, "initial_hidden", states);
+  run.cells = tensors.written_cells(cells, "cells", states);
+  run.output = tensors.written(output, "output", {steps.tokens, directions * hidden});
+  run.final_hidden = tensors.written(final_hidden, "final_hidden", states);
+  if (!saved_cells.is_none()) {
+    run.saved_cells =
+        tensors.written_cells(saved_cells, "saved_cells", {directions, steps.tokens, hidden});
+  }
   py::gil_scoped_release released;
   const SimulatedMemory memory = tensors.simulated();
   cuda::launch_lstm_forward(run, layer.stream(stream));
@@ -176,17 +184,18 @@ void cuda_lstm_backward(const CudaLstmLayer& layer, LstmGridTuple grid, bool tf3
   const Sizes all_gates{directions, steps.tokens, 4 * hidden};
   cuda::LstmBackwardRun run{};
   run.layer = recurrence_of(layer, grid, tf32, weights, exchange, counters, true, tensors);
-  run.gates = tensors.present(gates, "gates", all_gates);
-  run.saved_cells = tensors.cells(saved_cells, "saved_cells", {directions, steps.tokens, hidden});
-  run.initial_cell = tensors.present(initial_cell, "initial_cell", states);
+  run.gates = tensors.read(gates, "gates", all_gates);
+  run.saved_cells =
+      tensors.read_cells(saved_cells, "saved_cells", {directions, steps.tokens, hidden});
+  run.initial_cell = tensors.read(initial_cell, "initial_cell", states);
   run.output_gradient =
       tensors.optional(output_gradient, "gradient of output", {steps.tokens, directions * hidden});
   run.final_hidden_gradient =
       tensors.optional(final_hidden_gradient, "gradient of final_hidden", states);
-  run.cell_gradient = tensors.cells(cell_gradient, "gradient of cells", states);
-  run.gate_gradient = tensors.present(gate_gradient, "gradient of gates", all_gates);
+  run.cell_gradient = tensors.written_cells(cell_gradient, "gradient of cells", states);
+  run.gate_gradient = tensors.written(gate_gradient, "gradient of gates", all_gates);
   run.initial_hidden_gradient =
-      tensors.present(initial_hidden_gradient, "gradient of initial_hidden", states);
+      tensors.written(initial_hidden_gradient, "gradient of initial_hidden", states);
   py::gil_scoped_release released;
   const SimulatedMemory memory = tensors.simulated();
   cuda::launch_lstm_backward(run, layer.stream(stream));
@@ -203,12 +212,14 @@ void cuda_lstm_cell_forward(const CudaLstmLayer& layer, int64_t rows, py::object
   step.dtype = layer.dtype;
   step.rows = rows;
   step.hidden = hidden;
-  step.gates = tensors.present(gates, "gates", all_gates);
-  step.product = tensors.present(product, "product", all_gates);
+  step.gates = tensors.read(gates, "gates", all_gates);
+  step.product = tensors.read(product, "product", all_gates);
   step.save_gates = save_gates;
-  step.cells = tensors.cells(cells, "cells", units);
-  step.saved_cells = tensors.optional_cells(saved_cells, "saved_cells", units);
-  step.hidden_out = tensors.present(hidden_out, "hidden_out", units);
+  step.cells = tensors.read_cells(cells, "cells", units);
+  if (!saved_cells.is_none()) {
+    step.saved_cells = tensors.read_cells(saved_cells, "saved_cells", units);
+  }
+  step.hidden_out = tensors.read(hidden_out, "hidden_out", units);
   step.output = tensors.rows(output, "output", units, step.output_stride);
   py::gil_scoped_release released;
   cuda::launch_lstm_cell_forward(step, layer.stream(stream));
@@ -225,14 +236,14 @@ void cuda_lstm_cell_backward(const CudaLstmLayer& layer, int64_t rows, py::objec
   step.dtype = layer.dtype;
   step.rows = rows;
   step.hidden = hidden;
-  step.gates = tensors.present(gates, "gates", all_gates);
-  step.cells = tensors.cells(cells, "cells", units);
-  step.cells_before = tensors.cells(cells_before, "cells_before", units);
-  step.hidden_gradient = tensors.present(hidden_gradient, "gradient of hidden", units);
+  step.gates = tensors.read(gates, "gates", all_gates);
+  step.cells = tensors.read_cells(cells, "cells", units);
+  step.cells_before = tensors.read_cells(cells_before, "cells_before", units);
+  step.hidden_gradient = tensors.read(hidden_gradient, "gradient of hidden", units);
   step.output_gradient =
       tensors.rows(output_gradient, "gradient of output", units, step.output_gradient_stride);
-  step.cell_gradient = tensors.cells(cell_gradient, "gradient of cells", units);
-  step.gate_gradient = tensors.present(gate_gradient, "gradient of gates", all_gates);
+  step.cell_gradient = tensors.read_cells(cell_gradient, "gradient of cells", units);
+  step.gate_gradient = tensors.read(gate_gradient, "gradient of gates", all_gates);
   step.hidden_out = tensors.optional(hidden_out, "hidden_out", units);
   py::gil_scoped_release released;
   cuda::launch_lstm_cell_backward(step, layer.stream(stream));

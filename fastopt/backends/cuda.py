@@ -132,13 +132,17 @@ class CudaBackend:
     ) -> tuple[Tensor, ...]:
         """One layer; see ``cuda_lstm``. Nothing is ever packed for a card."""
         layer = input, batch_sizes, initial_hidden, initial_cell, weights, has_biases
-        assert self.native is not None
-        return cuda_lstm.forward(self.native, *layer, save)
+        return cuda_lstm.forward(self._usable_native(), *layer, save)
 
     def lstm_backward(self, *arguments: Any) -> list[Tensor]:
         """Gradients of one layer, by the arguments of ``Kernels.lstm_backward``."""
-        assert self.native is not None
-        return cuda_lstm.backward(self.native, *arguments)
+        return cuda_lstm.backward(self._usable_native(), *arguments)
+
+    def _usable_native(self) -> ModuleType:
+        """For operators that are called without a request before: by exported code, say."""
+        if self.native is None or self.missing:
+            raise RuntimeError(f"backend 'cuda' cannot run: {self.missing}")
+        return self.native
 
     def plan_optimizer_step(
         self,

@@ -35,7 +35,7 @@ def multiplies_as_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     # The older name may not be asked once the newer one has been set.
     precision = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 class Weights(NamedTuple):
@@ -211,9 +211,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """Runs one layer; see ``fastopt/ops/lstm.py``."""
     with _without_autocast(input.device):
-        layer = Layer(
-            native, input, batch_sizes, initial_hidden, initial_cell, weights, has_biases
-        )
+        layer = Layer(native, input, batch_sizes, initial_hidden, initial_cell, weights, has_biases)
         (output_shape, _), *_, (saved_shape, compute) = result_shapes(
             input, initial_hidden, initial_cell, save
         )
@@ -319,14 +317,12 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of those of input, initial states and weights that are wanted, in this order."""
     with _without_autocast(input.device):
-        layer = Layer(
-            native, input, batch_sizes, initial_hidden, initial_cell, weights, has_biases
-        )
+        layer = Layer(native, input, batch_sizes, initial_hidden, initial_cell, weights, has_biases)
         width = layer.directions * layer.outputs
         _check("gradient of output", output_gradient, (*input.shape[:-1], width))
         _check("output", output, (*input.shape[:-1], width))
         if output_gradient is not None:
-            output_gradient = output_gradient.reshape(layer.tokens, width)
+            output_gradient = output_gradient.reshape(layer.tokens, width).contiguous()
         compute = compute_dtype(layer.dtype)
         if final_cell_gradient is None:
             cells = torch.zeros(initial_cell.shape, dtype=compute, device=layer.device)
@@ -365,7 +361,7 @@ def _persistent_backward(
         gates=saved_gates,
         saved_cells=saved_cells,
         initial_cell=layer.initial_cell,
-        output_gradient=None if output_gradient is None else output_gradient.contiguous(),
+        output_gradient=output_gradient,
         final_hidden_gradient=final_hidden_gradient,
         cell_gradient=cell_gradient,
         gate_gradient=gates,

@@ -1,6 +1,6 @@
 """The names and arguments of ``torch.nn``, on fastopt's kernels."""
 
-from fastopt.nn import functional, utils
+from fastopt.nn import functional, self_check, utils  # noqa: F401  # the check registers itself
 from fastopt.nn.attention import (
     MultiheadAttention,
     TransformerDecoderLayer,
