@@ -51,6 +51,12 @@ PACKED = [
     LstmCase("wide", 5, 60, {}, 5, 70, tuple(5 - n // 14 for n in range(70)), initial=True),
     LstmCase("one", 5, 20, {"bidirectional": True}, 5, 1, (5,)),
 ]
+# Several groups of the depth for each warp; the last does not fit the simulator's memory.
+DEEP = [
+    LstmCase("H264 B20", 5, 264, {}, 3, 20, initial=True),
+    LstmCase("H520 B3", 5, 520, {"bidirectional": True}, 2, 3),
+    *([] if IS_SIMULATED else [LstmCase("H1024 B70", 5, 1024, {}, 3, 70, initial=True)]),
+]
 TF32 = [
     LstmCase("one layer", 5, 40, {}, 6, 20, initial=True),
     LstmCase("both directions", 5, 17, STACK, 5, 9, initial=True),
@@ -86,6 +92,16 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         spy(f"_persistent_{name}")
         spy(f"_stepwise_{name}")
     return taken
+
+
+@pytest.fixture
+def large_card(card: CudaBackend) -> Iterator[None]:  # noqa: F811
+    """Holds as many blocks as a real one."""
+    if IS_SIMULATED:
+        card.native.set_max_resident_blocks(70)  # type: ignore[union-attr]
+    yield
+    if IS_SIMULATED:
+        card.native.set_max_resident_blocks(8)  # type: ignore[union-attr]
 
 
 @pytest.fixture
@@ -140,6 +156,20 @@ def test_tf32_is_as_exact_as_tf32_can_be(case: LstmCase, ways: list[Any]) -> Non
         if truth.is_floating_point():
             assert_as_near_as_tf32(actual[name], truth)
     assert {way for way, _ in ways} == {"persistent"}
+
+
+@pytest.mark.usefixtures("large_card")
+@pytest.mark.parametrize("dtype", PERSISTENT_DTYPES, ids=str)
+@pytest.mark.parametrize("case", DEEP, **NAMED)
+def test_many_hidden_units(case: LstmCase, dtype: torch.dtype, ways: list[Any]) -> None:
+    (check if dtype is torch.float32 else check_error)(case, dtype, **OURS)
+    assert {way for way, _ in ways} == {"persistent"}
+
+
+@pytest.mark.usefixtures("large_card")
+@pytest.mark.parametrize("case", DEEP, **NAMED)
+def test_many_hidden_units_as_tf32(case: LstmCase, tf32: None, ways: list[Any]) -> None:
+    test_tf32_is_as_exact_as_tf32_can_be(case, ways)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

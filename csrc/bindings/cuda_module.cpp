@@ -31,6 +31,8 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
         "Connects to torch; returns what this torch lacks, in words, or an empty string.");
 #if defined(FASTOPT_HOST_SIM)
   m.def("set_seed", &host_sim::set_seed, py::arg("seed"), "The order of threads and blocks.");
+  m.def("set_max_resident_blocks", &host_sim::set_max_resident_blocks, py::arg("blocks"),
+        "How many blocks the card holds at once; eight until this is called.");
 #endif
 
   py::class_<CudaPlan>(m, "OptimizerPlan", py::module_local(),
