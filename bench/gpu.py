@@ -42,10 +42,10 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
     python, pytest = [sys.executable], [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     card = {} if simulate else {"FASTOPT_TEST_DEVICE": "cuda"}
     build = {"FASTOPT_HOST_SIM": "1"} if simulate else {"FASTOPT_CUDA": "on", **_archs()}
-    parity = ["tests/test_cuda_optimizers.py", "tests/test_cuda_device.py"]
+    parity = [f"tests/test_cuda_{name}.py" for name in ("optimizers", "lstm", "device")]
     result = [
         Stage("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 240, build),
-        Stage("parity on the card", [*pytest, *parity], 150, card),
+        Stage("parity on the card", [*pytest, *parity], 180, card),
         Stage(
             "benchmark",
             [*python, "-m", "bench.gpu", "--figures", str(figures)]
