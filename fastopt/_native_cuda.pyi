@@ -26,11 +26,12 @@ class LstmLayer:
         hidden: int,
         first_token: Tensor | None,
     ) -> None: ...
-    def grid(self, backward: bool, tf32: bool) -> tuple[int, int, bool]: ...
+    def grid(self, backward: bool, tf32: bool) -> tuple[int, int, bool, int]: ...
+    def workspace(self, grid: tuple[int, int, bool, int]) -> tuple[int, int]: ...
     def exchange_width(self, backward: bool) -> int: ...
     def forward(
         self,
-        grid: tuple[int, int, bool],
+        grid: tuple[int, int, bool, int],
         tf32: bool,
         weights: Sequence[Tensor],
         exchange: Tensor,
@@ -46,7 +47,7 @@ class LstmLayer:
     ) -> None: ...
     def backward(
         self,
-        grid: tuple[int, int, bool],
+        grid: tuple[int, int, bool, int],
         tf32: bool,
         weights: Sequence[Tensor],
         exchange: Tensor,
@@ -59,6 +60,7 @@ class LstmLayer:
         cell_gradient: Tensor,
         gate_gradient: Tensor,
         initial_hidden_gradient: Tensor,
+        partial_sums: Tensor | None,
         stream: int,
     ) -> None: ...
     def cell_forward(

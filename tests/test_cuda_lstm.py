@@ -53,7 +53,11 @@ PACKED = [
 ]
 # Several groups of the depth for each warp; the last does not fit the simulator's memory.
 DEEP = [
-    LstmCase("H264 B20", 5, 264, {}, 3, 20, initial=True),
+    LstmCase("H264 B80", 5, 264, {}, 2, 80, initial=True),
+    LstmCase(
+        *("packed", 5, 258, {"bidirectional": True}, 3, 60),
+        *(tuple(1 + n % 3 for n in range(60)), True),
+    ),
     LstmCase("H520 B3", 5, 520, {"bidirectional": True}, 2, 3),
     *([] if IS_SIMULATED else [LstmCase("H1024 B70", 5, 1024, {}, 3, 70, initial=True)]),
 ]
@@ -98,7 +102,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 def large_card(card: CudaBackend) -> Iterator[None]:  # noqa: F811
     """Holds as many blocks as a real one."""
     if IS_SIMULATED:
-        card.native.set_max_resident_blocks(70)  # type: ignore[union-attr]
+        card.native.set_max_resident_blocks(80)  # type: ignore[union-attr]
     yield
     if IS_SIMULATED:
         card.native.set_max_resident_blocks(8)  # type: ignore[union-attr]
@@ -108,6 +112,20 @@ def large_card(card: CudaBackend) -> Iterator[None]:  # noqa: F811
 def stepwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """No persistent kernel fits."""
     monkeypatch.setattr(cuda_lstm.Layer, "grid", lambda layer, backward: None)
+
+
+@pytest.fixture
+def shared_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight blocks share the columns of the backward's products, however small they are."""
+    grid = cuda_lstm.Layer.grid
+
+    def shared(layer: Any, *, backward: bool) -> Any:
+        found = grid(layer, backward=backward)
+        if found is None or not backward:
+            return found
+        return 1, -(-layer.batch // 16) * 16, layer.directions == 1, 8
+
+    monkeypatch.setattr(cuda_lstm.Layer, "grid", shared)
 
 
 @pytest.fixture
@@ -164,11 +182,29 @@ def test_tf32_is_as_exact_as_tf32_can_be(case: LstmCase, ways: list[Any]) -> Non
 def test_many_hidden_units(case: LstmCase, dtype: torch.dtype, ways: list[Any]) -> None:
     (check if dtype is torch.float32 else check_error)(case, dtype, **OURS)
     assert {way for way, _ in ways} == {"persistent"}
+    # Where each block would have to read much, blocks share their columns in the backward pass.
+    shared = [grid[3] > 1 for _, grid in ways]
+    assert not shared[0]
+    if IS_SIMULATED:
+        assert shared[1] == (case.batch != 3 or dtype is torch.float32)
 
 
 @pytest.mark.usefixtures("large_card")
 @pytest.mark.parametrize("case", DEEP, **NAMED)
 def test_many_hidden_units_as_tf32(case: LstmCase, tf32: None, ways: list[Any]) -> None:
+    test_tf32_is_as_exact_as_tf32_can_be(case, ways)
+
+
+@pytest.mark.usefixtures("shared_columns")
+@pytest.mark.parametrize("dtype", PERSISTENT_DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*SIZES[4:14], *PACKED, SHARP[1], SHARP[3]], **NAMED)
+def test_blocks_that_share_columns(case: LstmCase, dtype: torch.dtype) -> None:
+    (check if dtype is torch.float32 else check_error)(case, dtype, **OURS)
+
+
+@pytest.mark.usefixtures("shared_columns")
+@pytest.mark.parametrize("case", TF32, **NAMED)
+def test_blocks_that_share_columns_as_tf32(case: LstmCase, tf32: None, ways: list[Any]) -> None:
     test_tf32_is_as_exact_as_tf32_can_be(case, ways)
 
 
@@ -226,11 +262,11 @@ def test_which_way_a_layer_takes(ways: list[Any]) -> None:
     assert grids(LstmCase("", 5, 1025, seq_len=2)) == {("stepwise", None)}
     if IS_SIMULATED:
         assert grids(LstmCase("", 5, 65)) == {("stepwise", None)}
-        assert grids(LstmCase("", 5, 64, batch=33)) == {("persistent", (1, 48, True))}
+        assert grids(LstmCase("", 5, 64, batch=33)) == {("persistent", (1, 48, True, 1))}
         one_after_the_other = LstmCase("", 5, 40, {"bidirectional": True})
-        assert grids(one_after_the_other) == {("persistent", (1, 16, False))}
+        assert grids(one_after_the_other) == {("persistent", (1, 16, False, 1))}
         in_parts = LstmCase("", 5, 9, {"bidirectional": True}, batch=30)
-        assert grids(in_parts) == {("persistent", (2, 16, True))}
+        assert grids(in_parts) == {("persistent", (2, 16, True, 1))}
     else:
         assert {way for way, _ in grids(LstmCase("", 5, 512))} == {"persistent"}
 
@@ -245,11 +281,16 @@ def test_both_ways_agree(case: LstmCase, request: pytest.FixtureRequest) -> None
 
 
 @pytest.mark.skipif(not IS_SIMULATED, reason="a card's order is its own")
+@pytest.mark.parametrize("columns", ["own", "shared"])
 @pytest.mark.parametrize("dtype", PERSISTENT_DTYPES, ids=str)
 def test_any_order_of_threads_and_blocks_gives_the_same_bits(
     dtype: torch.dtype,
+    columns: str,
     card: CudaBackend,  # noqa: F811
+    request: pytest.FixtureRequest,
 ) -> None:
+    if columns == "shared":
+        request.getfixturevalue("shared_columns")
     cases = [PACKED[1], LstmCase("", 5, 33, {}, 5, 20)]
     results = []
     for seed in range(5):
@@ -389,11 +430,18 @@ class Canaries:
             assert (buffer[: self.MARGIN] == 7).all() and (buffer[-self.MARGIN :] == 7).all()
 
 
+@pytest.mark.parametrize("columns", ["own", "shared"])
 @pytest.mark.parametrize("dtype", PERSISTENT_DTYPES, ids=str)
 @pytest.mark.parametrize("case", [PACKED[1], SIZES[5], SIZES[9]], **NAMED)
 def test_nothing_is_written_outside(
-    dtype: torch.dtype, case: LstmCase, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    case: LstmCase,
+    columns: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if columns == "shared":
+        request.getfixturevalue("shared_columns")
     canaries = Canaries()
 
     class Native:
@@ -486,7 +534,7 @@ def test_a_tensor_that_does_not_fit_is_refused(
         given[name] = fitting.long()
     given["weights"] = [given["weights"]]
     with pytest.raises(ValueError, match="weight_hh must" if name == "weights" else f"{name} must"):
-        layer.forward(grid=(1, 16, True), tf32=False, save_gates=True, stream=0, **given)
+        layer.forward(grid=(1, 16, True, 1), tf32=False, save_gates=True, stream=0, **given)
 
 
 @pytest.mark.parametrize(

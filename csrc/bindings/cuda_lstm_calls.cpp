@@ -75,6 +75,10 @@ class Tensors {
   std::vector<Extent> extents_;
 };
 
+cuda::LstmGrid grid_from(const LstmGridTuple& grid) {
+  return {std::get<0>(grid), std::get<1>(grid), std::get<2>(grid), std::get<3>(grid)};
+}
+
 cuda::LstmRecurrence recurrence_of(const CudaLstmLayer& layer, const LstmGridTuple& grid, bool tf32,
                                    const std::vector<py::object>& weights, py::handle exchange,
                                    py::handle counters, bool backward, Tensors& tensors) {
@@ -85,9 +89,9 @@ cuda::LstmRecurrence recurrence_of(const CudaLstmLayer& layer, const LstmGridTup
   }
   recurrence.dtype = layer.dtype;
   recurrence.tf32 = tf32;
-  recurrence.grid = {std::get<0>(grid), std::get<1>(grid), std::get<2>(grid)};
+  recurrence.grid = grid_from(grid);
   const cuda::LstmGrid& spread = recurrence.grid;
-  if (spread.parts < 1 || spread.part_rows < 1 ||
+  if (spread.parts < 1 || spread.part_rows < 1 || spread.split < 1 ||
       int64_t{spread.parts} * spread.part_rows < steps.batch) {
     throw std::invalid_argument("the grid must be one that lstm_grid has given");
   }
@@ -104,8 +108,7 @@ cuda::LstmRecurrence recurrence_of(const CudaLstmLayer& layer, const LstmGridTup
   if (reinterpret_cast<uintptr_t>(recurrence.exchange) % 16 != 0) {
     throw std::invalid_argument("exchange must be aligned to 16 bytes");
   }
-  recurrence.counters =
-      tensors.counters(counters, "counters", int64_t{steps.directions} * spread.parts);
+  recurrence.counters = tensors.counters(counters, "counters", cuda::lstm_counters(steps, spread));
   return recurrence;
 }
 
@@ -137,7 +140,13 @@ LstmGridTuple cuda_lstm_grid(const CudaLstmLayer& layer, bool backward, bool tf3
   const auto ask = backward ? cuda::lstm_backward_grid : cuda::lstm_forward_grid;
   const cuda::LstmGrid grid = ask(layer.dtype, tf32, layer.steps.batch, layer.steps.hidden,
                                   layer.steps.directions, layer.stream(0));
-  return {grid.parts, grid.part_rows, grid.together};
+  return {grid.parts, grid.part_rows, grid.together, grid.split};
+}
+
+std::pair<int64_t, int64_t> cuda_lstm_workspace(const CudaLstmLayer& layer,
+                                                const LstmGridTuple& grid) {
+  return {cuda::lstm_counters(layer.steps, grid_from(grid)),
+          cuda::lstm_partial_sums(layer.steps, grid_from(grid))};
 }
 
 int64_t cuda_lstm_exchange_width(const CudaLstmLayer& layer, bool backward) {
@@ -176,7 +185,7 @@ void cuda_lstm_backward(const CudaLstmLayer& layer, LstmGridTuple grid, bool tf3
                         py::object initial_cell, py::object output_gradient,
                         py::object final_hidden_gradient, py::object cell_gradient,
                         py::object gate_gradient, py::object initial_hidden_gradient,
-                        uintptr_t stream) {
+                        py::object partial_sums, uintptr_t stream) {
   Tensors tensors(layer);
   const cuda::LstmSteps& steps = layer.steps;
   const int64_t hidden = steps.hidden, directions = steps.directions;
@@ -196,6 +205,10 @@ void cuda_lstm_backward(const CudaLstmLayer& layer, LstmGridTuple grid, bool tf3
   run.gate_gradient = tensors.written(gate_gradient, "gradient of gates", all_gates);
   run.initial_hidden_gradient =
       tensors.written(initial_hidden_gradient, "gradient of initial_hidden", states);
+  if (const int64_t sums = cuda::lstm_partial_sums(steps, run.layer.grid); sums > 0) {
+    run.partial_sums =
+        static_cast<float*>(tensors.written_cells(partial_sums, "partial_sums", {sums}));
+  }
   py::gil_scoped_release released;
   const SimulatedMemory memory = tensors.simulated();
   cuda::launch_lstm_backward(run, layer.stream(stream));

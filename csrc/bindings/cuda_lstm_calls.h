@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings/checked_tensor.h"
@@ -28,12 +29,17 @@ struct CudaLstmLayer {
   }
 };
 
-// Parts of the batch, rows of a part, both directions at once; no parts where the persistent kernel
+// Parts of the batch, rows of a part, both directions at once, blocks that share columns; no parts
+// where the persistent kernel
 // of the pass cannot serve.
-using LstmGridTuple = std::tuple<int, int, bool>;
+using LstmGridTuple = std::tuple<int, int, bool, int>;
 LstmGridTuple cuda_lstm_grid(const CudaLstmLayer& layer, bool backward, bool tf32);
 
 int64_t cuda_lstm_exchange_width(const CudaLstmLayer& layer, bool backward);
+
+// How many counters and partial sums a grid asks for.
+std::pair<int64_t, int64_t> cuda_lstm_workspace(const CudaLstmLayer& layer,
+                                                const LstmGridTuple& grid);
 
 void cuda_lstm_forward(const CudaLstmLayer& layer, LstmGridTuple grid, bool tf32,
                        const std::vector<pybind11::object>& weights, pybind11::object exchange,
@@ -48,7 +54,8 @@ void cuda_lstm_backward(const CudaLstmLayer& layer, LstmGridTuple grid, bool tf3
                         pybind11::object saved_cells, pybind11::object initial_cell,
                         pybind11::object output_gradient, pybind11::object final_hidden_gradient,
                         pybind11::object cell_gradient, pybind11::object gate_gradient,
-                        pybind11::object initial_hidden_gradient, uintptr_t stream);
+                        pybind11::object initial_hidden_gradient, pybind11::object partial_sums,
+                        uintptr_t stream);
 
 // One step of `rows` rows; output and its gradient may have any stride between rows.
 void cuda_lstm_cell_forward(const CudaLstmLayer& layer, int64_t rows, pybind11::object gates,

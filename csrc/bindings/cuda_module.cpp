@@ -65,6 +65,7 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
            py::arg("steps"), py::arg("batch"), py::arg("tokens"), py::arg("hidden"),
            py::arg("first_token"))
       .def("grid", &cuda_lstm_grid, py::arg("backward"), py::arg("tf32"))
+      .def("workspace", &cuda_lstm_workspace, py::arg("grid"))
       .def("exchange_width", &cuda_lstm_exchange_width, py::arg("backward"))
       .def("forward", &cuda_lstm_forward, py::arg("grid"), py::arg("tf32"), py::arg("weights"),
            py::arg("exchange"), py::arg("counters"), py::arg("gates"), py::arg("save_gates"),
@@ -74,7 +75,7 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
            py::arg("exchange"), py::arg("counters"), py::arg("gates"), py::arg("saved_cells"),
            py::arg("initial_cell"), py::arg("output_gradient"), py::arg("final_hidden_gradient"),
            py::arg("cell_gradient"), py::arg("gate_gradient"), py::arg("initial_hidden_gradient"),
-           py::arg("stream"))
+           py::arg("partial_sums"), py::arg("stream"))
       .def("cell_forward", &cuda_lstm_cell_forward, py::arg("rows"), py::arg("gates"),
            py::arg("product"), py::arg("save_gates"), py::arg("cells"), py::arg("saved_cells"),
            py::arg("hidden_out"), py::arg("output"), py::arg("stream"))

@@ -1,5 +1,8 @@
 #pragma once
 
+// Waiting for other blocks, and reading what they have written: inline PTX, each beside a plain
+// twin.
+
 #include "cuda/launch.cuh"
 
 namespace fastopt::cuda {
@@ -12,6 +15,33 @@ __device__ __forceinline__ unsigned load_acquire(unsigned* address) {
   unsigned value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
                : "=r"(value)
+               : "l"(__cvta_generic_to_global(address))
+               : "memory");
+  return value;
+#endif
+}
+
+// What another block may have written: past the L1 cache, and not before a barrier that stands
+// before it.
+__device__ __forceinline__ uint4 load_exchanged(const void* sixteen_bytes) {
+#if defined(FASTOPT_HOST_SIM)
+  return *static_cast<const uint4*>(sixteen_bytes);
+#else
+  uint4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(sixteen_bytes))
+               : "memory");
+  return value;
+#endif
+}
+__device__ __forceinline__ float load_exchanged_float(const float* address) {
+#if defined(FASTOPT_HOST_SIM)
+  return *address;
+#else
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];"
+               : "=f"(value)
                : "l"(__cvta_generic_to_global(address))
                : "memory");
   return value;

@@ -28,6 +28,8 @@ struct LstmGrid {
   int parts;      // the batch is cut into as many; 0: the kernel cannot serve
   int part_rows;  // the rows of a part; the last one may have fewer
   bool together;  // both directions at once
+  // Blocks that share a product's columns and have a part of its depth each; 1: none do.
+  int split;
 };
 
 // A layer whose weights stay in registers while all steps run.
@@ -38,7 +40,7 @@ struct LstmRecurrence {
   LstmGrid grid;
   const void* weights[kMaxLstmDirections];  // [G, hidden]
   void* exchange;      // [2, directions, batch, exchange width], zeros: what blocks tell each other
-  unsigned* counters;  // [directions, parts], zeros
+  unsigned* counters;  // [lstm_counters()], zeros
 };
 
 struct LstmForwardRun {
@@ -65,10 +67,15 @@ struct LstmBackwardRun {
                         // ones'
   void* gate_gradient;  // [directions, tokens, G], with respect to the pre-activations
   void* initial_hidden_gradient;  // [directions, batch, hidden]
+  float* partial_sums;            // [lstm_partial_sums()], or nullptr where that is none
 };
 
 // Values in a row of `exchange`, for rows of so many values: hidden, or G in the backward pass.
 int64_t lstm_exchange_width(DType dtype, int64_t values);
+
+// What a grid asks for beside that.
+int64_t lstm_counters(const LstmSteps& steps, const LstmGrid& grid);
+int64_t lstm_partial_sums(const LstmSteps& steps, const LstmGrid& grid);
 
 // Asks the device how many blocks it holds.
 LstmGrid lstm_forward_grid(DType dtype, bool tf32, int64_t batch, int64_t hidden, int directions,

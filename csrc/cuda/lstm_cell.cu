@@ -2,8 +2,7 @@
 // for the persistent kernels.
 
 #include "cuda/lstm.h"
-#include "cuda/lstm_product.cuh"
-#include "cuda/lstm_unit.cuh"
+#include "cuda/lstm_recurrence.cuh"
 
 namespace fastopt::cuda {
 
@@ -80,6 +79,18 @@ int64_t lstm_exchange_width(DType dtype, int64_t values) {
     width = int64_t{groups_of<Storage>(values)} * kGroup<Storage>;
   });
   return width;
+}
+
+int64_t lstm_counters(const LstmSteps& steps, const LstmGrid& grid) {
+  const int64_t teams = int64_t{steps.directions} * grid.parts;
+  const int64_t families = blocks_of_units(steps.hidden, grid.split) / grid.split;
+  return teams * (grid.split > 1 ? 1 + families : 1);
+}
+
+int64_t lstm_partial_sums(const LstmSteps& steps, const LstmGrid& grid) {
+  if (grid.split == 1) return 0;
+  return int64_t{steps.directions} * blocks_of_units(steps.hidden, grid.split) * steps.batch *
+         kUnits * grid.split;
 }
 
 void load_lstm_kernels(DType dtype, int device) {

@@ -124,7 +124,7 @@ constexpr int kSharedBytes = kSumBytes<Product, kColumns> + Product::kScratchByt
 
 template <class Visitor>
 void with_forward_product(DType dtype, bool tf32, const Visitor& visit) {
-  with_product<kColumns, static_cast<int>(kMaxHidden)>(dtype, tf32, visit);
+  with_product<kColumns, kMaxHidden, kMaxHidden>(dtype, tf32, visit);
 }
 
 }  // namespace
@@ -140,9 +140,10 @@ void load_lstm_forward_kernels(DType dtype) {
 LstmGrid lstm_forward_grid(DType dtype, bool tf32, int64_t batch, int64_t hidden, int directions,
                            const Stream& stream) {
   LstmGrid grid{};
+  if (hidden > kMaxHidden) return grid;
   with_forward_product(dtype, tf32, [&](auto product) {
     using Product = typename decltype(product)::type;
-    grid = spread(batch, hidden, directions, kSharedBytes<Product>, lstm_forward_kernel<Product>,
+    grid = spread(batch, hidden, directions, 1, kSharedBytes<Product>, lstm_forward_kernel<Product>,
                   stream);
   });
   return grid;

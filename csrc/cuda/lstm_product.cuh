@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#include "cuda/launch.cuh"
+#include "cuda/grid_barrier.cuh"
 #include "cuda/tile_mma.cuh"
 
 namespace fastopt::cuda {
@@ -34,21 +34,6 @@ HOST_DEVICE int groups_of(int64_t depth) {
 template <int kColumns>
 constexpr int kSumStride = kColumns == kUnits ? kUnits : kColumns + 8;
 
-// 16 bytes that another block may have written: past the L1 cache, and not before a barrier that
-// stands before it.
-__device__ __forceinline__ uint4 load_exchanged(const void* address) {
-#if defined(FASTOPT_HOST_SIM)
-  return *static_cast<const uint4*>(address);
-#else
-  uint4 value;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(__cvta_generic_to_global(address))
-               : "memory");
-  return value;
-#endif
-}
-
 // The groups of the calling warp.
 __device__ inline int own_groups_of(int groups) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -67,7 +52,7 @@ class TensorCoreProduct {
  public:
   using Storage = StorageType;
   static constexpr int kMaxDepth = kDepth;
-  static constexpr int kRows = 64;  // of one call
+  static constexpr int kRows = kColumns > 32 ? 32 : 64;  // of one call
   static constexpr int kScratchBytes = 0;
 
   // The value as blocks exchange it.
@@ -206,9 +191,9 @@ class TensorCoreProduct {
   int own_groups_;
 };
 
-// True fp32. A lane has one column, and where there are fewer columns than lanes one of kParts
-// parts of each group. Values come through shared memory, from which all lanes of a part read the
-// same 16 bytes.
+// True fp32. A lane has one or two columns, and where there are fewer columns than lanes one of
+// kParts parts of each group. Values come through shared memory, from which all lanes of a part
+// read the same 16 bytes.
 template <int kColumns, int kDepth>
 class FmaProduct {
  public:
@@ -227,7 +212,10 @@ class FmaProduct {
       for (int i = 0; i < kOfPart; ++i) {
         const int64_t k =
             static_cast<int64_t>(group_number(own)) * kGroup<float> + part() * kOfPart + i;
-        weights_[own][i] = own < own_groups_ ? weight_at(column(), k) : 0.0f;
+#pragma unroll
+        for (int c = 0; c < kOfLane; ++c) {
+          weights_[own][i][c] = own < own_groups_ ? weight_at(column() + c * 32, k) : 0.0f;
+        }
       }
     }
   }
@@ -246,7 +234,7 @@ class FmaProduct {
       copy_async_wait<1>();
       __syncwarp();
       const float* stage = stages + number % 2 * kStage + part() * kOfPart;
-      float accumulators[kStageRows][kChains] = {};
+      float accumulators[kStageRows][kChains][kOfLane] = {};
 #pragma unroll
       for (int own = 0; own < kMaxGroups; ++own) {
         if (own < own_groups_) {
@@ -256,25 +244,31 @@ class FmaProduct {
             for (int r = 0; r < kStageRows; ++r) {
               const float4 value = *reinterpret_cast<const float4*>(
                   stage + (r * kMaxGroups + own) * kGroup<float> + i);
-              float& sum = accumulators[r][(own + i / 4) % kChains];
-              sum += value.x * weights_[own][i];
-              sum += value.y * weights_[own][i + 1];
-              sum += value.z * weights_[own][i + 2];
-              sum += value.w * weights_[own][i + 3];
+#pragma unroll
+              for (int c = 0; c < kOfLane; ++c) {
+                float& sum = accumulators[r][(own + i / 4) % kChains][c];
+                sum += value.x * weights_[own][i][c];
+                sum += value.y * weights_[own][i + 1][c];
+                sum += value.z * weights_[own][i + 2][c];
+                sum += value.w * weights_[own][i + 3][c];
+              }
             }
           }
         }
       }
 #pragma unroll
       for (int r = 0; r < kStageRows; ++r) {
-        float sum = accumulators[r][0];
 #pragma unroll
-        for (int chain = 1; chain < kChains; ++chain) sum += accumulators[r][chain];
+        for (int c = 0; c < kOfLane; ++c) {
+          float sum = accumulators[r][0][c];
 #pragma unroll
-        for (int distance = kColumns; distance < 32; distance *= 2) {
-          sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+          for (int chain = 1; chain < kChains; ++chain) sum += accumulators[r][chain][c];
+#pragma unroll
+          for (int distance = kColumns; distance < 32; distance *= 2) {
+            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+          }
+          if (part() == 0) own_sums[(row + r) * kSumStride<kColumns> + c * 32] = sum;
         }
-        if (part() == 0) own_sums[(row + r) * kSumStride<kColumns>] = sum;
       }
       __syncwarp();  // the next copy goes where this stage was
     }
@@ -282,8 +276,9 @@ class FmaProduct {
   }
 
  private:
-  static constexpr int kParts = 32 / kColumns;
-  static constexpr int kOfPart = kGroup<float> / kParts;  // values of a group
+  static constexpr int kParts = kColumns < 32 ? 32 / kColumns : 1;
+  static constexpr int kOfLane = kColumns > 32 ? kColumns / 32 : 1;  // columns
+  static constexpr int kOfPart = kGroup<float> / kParts;             // values of a group
   static constexpr int kMaxGroups = kDepth / kGroup<float> / kProductWarps;
   static constexpr int kStageRows = kParts == 1 ? 4 : 1;
   // Sums under way at once: a multiplication takes four cycles.
@@ -295,8 +290,12 @@ class FmaProduct {
   static constexpr int kScratchBytes = kProductWarps * 2 * kStage * 4;
 
  private:
-  static __device__ int column() { return static_cast<int>(threadIdx.x) % kColumns; }
-  static __device__ int part() { return static_cast<int>(threadIdx.x) % 32 / kColumns; }
+  static __device__ int column() {
+    return static_cast<int>(threadIdx.x) % (kColumns < 32 ? kColumns : 32);
+  }
+  static __device__ int part() {
+    return kParts == 1 ? 0 : static_cast<int>(threadIdx.x) % 32 / kColumns;
+  }
 
   // Begins to copy the warp's groups of kStageRows rows: [kStageRows, kMaxGroups, kGroup].
   __device__ void fetch(const float* values, int64_t stride, int row, int rows,
@@ -314,7 +313,7 @@ class FmaProduct {
     copy_async_commit();
   }
 
-  float weights_[kMaxGroups][kOfPart];
+  float weights_[kMaxGroups][kOfPart][kOfLane];
   int own_groups_;
 };
 

@@ -9,9 +9,13 @@
 
 namespace fastopt::cuda {
 
-constexpr int64_t kMaxHidden = 1024;  // what fits into the registers
+constexpr int kMaxHidden = 1024;  // what fits into the registers
 
-inline int64_t blocks_of_units(int64_t hidden) { return (hidden + kUnits - 1) / kUnits; }
+// Of a team: blocks that share columns are `split`, all of them there.
+HOST_DEVICE int64_t blocks_of_units(int64_t hidden, int split) {
+  const int64_t shared_units = int64_t{kUnits} * split;
+  return (hidden + shared_units - 1) / shared_units * split;
+}
 
 // A team of blocks runs one direction for one part of the batch, and waits for nobody else.
 struct Team {
@@ -22,7 +26,7 @@ struct Team {
   unsigned blocks;
 
   __device__ Team(const LstmRecurrence& layer, int first_direction) {
-    blocks = static_cast<unsigned>((layer.steps.hidden + kUnits - 1) / kUnits);
+    blocks = static_cast<unsigned>(blocks_of_units(layer.steps.hidden, layer.grid.split));
     const int team = static_cast<int>(blockIdx.x / blocks);
     direction = first_direction + team / layer.grid.parts;
     part = team % layer.grid.parts;
@@ -70,7 +74,7 @@ template <class Product>
 struct ProductType {
   using type = Product;
 };
-template <int kColumns, int kDepth, class Visitor>
+template <int kColumns, int kDepth, int kFmaDepth, class Visitor>
 void with_product(DType dtype, bool tf32, const Visitor& visit) {
   switch (dtype) {
     case DType::kBFloat16:
@@ -79,7 +83,7 @@ void with_product(DType dtype, bool tf32, const Visitor& visit) {
       return visit(ProductType<TensorCoreProduct<Half, kColumns, kDepth>>{});
     case DType::kFloat32:
       if (tf32) return visit(ProductType<TensorCoreProduct<float, kColumns, kDepth>>{});
-      return visit(ProductType<FmaProduct<kColumns, kDepth>>{});
+      return visit(ProductType<FmaProduct<kColumns, kFmaDepth>>{});
     case DType::kFloat64:
       return;  // runs step by step
   }
@@ -87,11 +91,10 @@ void with_product(DType dtype, bool tf32, const Visitor& visit) {
 
 // As large a part of the batch for each team as leaves no block without work.
 template <class Kernel>
-LstmGrid spread(int64_t batch, int64_t hidden, int directions, int shared_bytes, Kernel kernel,
-                const Stream& stream) {
+LstmGrid spread(int64_t batch, int64_t hidden, int directions, int split, int shared_bytes,
+                Kernel kernel, const Stream& stream) {
   constexpr int64_t kSmallestPart = 16;  // the rows of a tensor core's tile
-  if (hidden > kMaxHidden) return {};
-  const int64_t units = blocks_of_units(hidden);
+  const int64_t units = blocks_of_units(hidden, split);
   const int64_t fit =
       resident_blocks(stream, {units, kProductThreads, shared_bytes, true}, kernel) / units;
   if (fit == 0) return {};
@@ -100,7 +103,7 @@ LstmGrid spread(int64_t batch, int64_t hidden, int directions, int shared_bytes,
   const int64_t wanted = (batch + kSmallestPart - 1) / kSmallestPart;
   const int64_t parts = wanted < most ? wanted : most;
   const int64_t rows = (wanted + parts - 1) / parts * kSmallestPart;
-  return {static_cast<int>((batch + rows - 1) / rows), static_cast<int>(rows), together};
+  return {static_cast<int>((batch + rows - 1) / rows), static_cast<int>(rows), together, split};
 }
 
 // Both directions in one launch, or one after the other.
@@ -109,7 +112,8 @@ void launch_directions(const char* name, const Run& run, int shared_bytes,
                        void (*kernel)(const Run, int), const Stream& stream) {
   const LstmRecurrence& layer = run.layer;
   const int at_once = layer.grid.together ? layer.steps.directions : 1;
-  const int64_t blocks = blocks_of_units(layer.steps.hidden) * layer.grid.parts * at_once;
+  const int64_t blocks =
+      blocks_of_units(layer.steps.hidden, layer.grid.split) * layer.grid.parts * at_once;
   for (int direction = 0; direction < layer.steps.directions; direction += at_once) {
     launch(name, stream, {blocks, kProductThreads, shared_bytes, true}, kernel, run, direction);
   }

@@ -38,6 +38,11 @@ def multiplies_as_tf32() -> bool:
     return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
+# How a kernel spreads: parts of the batch, rows of a part, whether both directions run at once, and
+# how many blocks share the columns of a product.
+Grid = tuple[int, int, bool, int]
+
+
 class Weights(NamedTuple):
     """Of one direction; None for what is not there."""
 
@@ -115,25 +120,24 @@ class Layer:
         stream: int = torch.cuda.current_stream(self.device).cuda_stream
         return stream
 
-    def grid(self, *, backward: bool) -> tuple[int, int, bool] | None:
+    def grid(self, *, backward: bool) -> Grid | None:
         """How the persistent kernel of a pass spreads over the card; None where it does not fit."""
         if self.is_projected or self.dtype is torch.float64:
             return None
-        grid: tuple[int, int, bool] = self.native.grid(backward, self.tf32)
+        grid: Grid = self.native.grid(backward, self.tf32)
         return grid if grid[0] > 0 else None
 
-    def workspaces(self, grid: tuple[int, int, bool], *, backward: bool) -> dict[str, Any]:
+    def workspaces(self, grid: Grid, *, backward: bool) -> dict[str, Any]:
         """The arguments that both passes of the persistent kernel share."""
         width = self.native.exchange_width(backward)
         shape = (2, self.directions, self.batch, width)
+        counters, _ = self.native.workspace(grid)
         return {
             "grid": grid,
             "tf32": self.tf32,
             "weights": [weights.hidden for weights in self.weights],
             "exchange": torch.zeros(shape, dtype=self.dtype, device=self.device),
-            "counters": torch.zeros(
-                self.directions * grid[0], dtype=torch.int32, device=self.device
-            ),
+            "counters": torch.zeros(counters, dtype=torch.int32, device=self.device),
             "stream": self.stream,
         }
 
@@ -238,7 +242,7 @@ def forward(
 
 def _persistent_forward(
     layer: Layer,
-    grid: tuple[int, int, bool],
+    grid: Grid,
     gates: Tensor,
     cells: Tensor,
     saved_cells: Tensor | None,
@@ -348,7 +352,7 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
 
 def _persistent_backward(
     layer: Layer,
-    grid: tuple[int, int, bool],
+    grid: Grid,
     output_gradient: Tensor | None,
     final_hidden_gradient: Tensor | None,
     cell_gradient: Tensor,
@@ -356,6 +360,7 @@ def _persistent_backward(
     saved_cells: Tensor,
 ) -> Gradients:
     gates, initial_hidden = torch.empty_like(saved_gates), torch.empty_like(layer.initial_hidden)
+    _, sums = layer.native.workspace(grid)
     layer.native.backward(
         **layer.workspaces(grid, backward=True),
         gates=saved_gates,
@@ -366,6 +371,7 @@ def _persistent_backward(
         cell_gradient=cell_gradient,
         gate_gradient=gates,
         initial_hidden_gradient=initial_hidden,
+        partial_sums=torch.empty(sums, device=layer.device) if sums else None,
     )
     return Gradients(gates, initial_hidden, cell_gradient, None, None)
 
