@@ -134,6 +134,8 @@ def test_kernels_do_not_spill() -> None:
     reports = [path for path in ptxas_reports() if "registers" in path.read_text()]
     assert reports
     for path in reports:
+        # Of a host function that device code calls, nvcc warns, and leaves the kernel empty.
+        assert "warning" not in path.read_text(), path
         kernels = re.findall(
             r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?"
             r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",

@@ -349,6 +349,22 @@ def test_some_gradients_are_wanted(dtype: torch.dtype, wanted: str) -> None:
     assert_same(*results, dtype)
 
 
+def test_the_users_defaults_do_not_matter() -> None:
+    case = PACKED[1]
+    ours, _ = case.pair(torch.float32, **OURS)
+    sample = case.sample(torch.float32).to(DEVICE)
+    arguments = sample.arguments()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            output, (h_n, c_n) = ours(*arguments)
+            (output.data.sum() + h_n.sum() + c_n.sum()).backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert sample.leaf.grad is not None and sample.leaf.grad.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_and_infinity_stay_in_their_row(dtype: torch.dtype, value: float) -> None:
@@ -568,6 +584,30 @@ def test_packed_sequences_are_refused_while_a_graph_is_captured(
 def test_the_self_check_lets_right_kernels_in(card: CudaBackend) -> None:  # noqa: F811
     outcomes = selfcheck.run("lstm", card, torch.device(DEVICE))
     assert len(outcomes) >= 8 and not any(outcome.error for outcome in outcomes)
+
+
+@pytest.mark.parametrize("around", ["autocast", "compiled"])
+def test_a_first_use_is_checked_wherever_it_is(
+    around: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("FASTOPT_SELFCHECK", "on")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    selfcheck.forget()
+    lstm = fastopt.nn.LSTM(5, 9, backend="cuda", device=DEVICE)
+    data = torch.randn(4, 3, 5, device=DEVICE)
+    torch.manual_seed(3)
+    if around == "autocast":
+        with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
+            lstm(data)
+    else:
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(allow_rnn=True), torch.no_grad():
+            torch.compile(lstm, backend="aot_eager", fullgraph=True)(data)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
+    assert len(list(selfcheck.cache_directory().glob("*"))) == 1  # it ran
+    selfcheck.forget()
 
 
 def test_a_wrong_kernel_goes_to_torch_with_one_warning(

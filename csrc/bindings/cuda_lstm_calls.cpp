@@ -175,7 +175,7 @@ void cuda_lstm_forward(const CudaLstmLayer& layer, LstmGridTuple grid, bool tf32
         tensors.written_cells(saved_cells, "saved_cells", {directions, steps.tokens, hidden});
   }
   py::gil_scoped_release released;
-  const SimulatedMemory memory = tensors.simulated();
+  [[maybe_unused]] const SimulatedMemory memory = tensors.simulated();
   cuda::launch_lstm_forward(run, layer.stream(stream));
 }
 
@@ -210,7 +210,7 @@ void cuda_lstm_backward(const CudaLstmLayer& layer, LstmGridTuple grid, bool tf3
         static_cast<float*>(tensors.written_cells(partial_sums, "partial_sums", {sums}));
   }
   py::gil_scoped_release released;
-  const SimulatedMemory memory = tensors.simulated();
+  [[maybe_unused]] const SimulatedMemory memory = tensors.simulated();
   cuda::launch_lstm_backward(run, layer.stream(stream));
 }
 

@@ -107,19 +107,12 @@ struct Family {
   GridBarrier barrier;
 
   __device__ Family(const LstmBackwardRun& run, const Team& team)
-      : barrier(run.layer.counters, kSplit) {
-    const LstmRecurrence& layer = run.layer;
-    const int families = static_cast<int>(team.blocks) / kSplit;
-    const int family = team.first_unit / kColumns;
-    const int number = team.direction * layer.grid.parts + team.part;
-    member = team.first_unit / kUnits % kSplit;
-    member_stride = layer.steps.batch * kColumns;
-    sums = run.partial_sums +
-           (int64_t{team.direction} * families + family) * kSplit * member_stride +
-           team.first_row * kColumns;
-    const int teams = layer.steps.directions * layer.grid.parts;
-    barrier = GridBarrier(layer.counters + teams + number * families + family, kSplit);
-  }
+      : member(team.first_unit / kUnits % kSplit),
+        member_stride(run.layer.steps.batch * kColumns),
+        sums(run.partial_sums +
+             (int64_t{team.direction} * count(team) + number(team)) * kSplit * member_stride +
+             team.first_row * kColumns),
+        barrier(counter(run.layer, team), kSplit) {}
 
   // This member's for all columns of the family.
   __device__ void store_sum(int64_t row, int column, float sum) const {
@@ -135,6 +128,24 @@ struct Family {
     }
     return sum;
   }
+
+ private:
+  // The families of a team, and which one the block belongs to.
+  static __device__ int count(const Team& team) { return static_cast<int>(team.blocks) / kSplit; }
+  static __device__ int number(const Team& team) { return team.first_unit / kColumns; }
+  // Behind those of the teams.
+  static __device__ unsigned* counter(const LstmRecurrence& layer, const Team& team) {
+    const int teams = layer.steps.directions * layer.grid.parts;
+    const int own_team = team.direction * layer.grid.parts + team.part;
+    return layer.counters + teams + own_team * count(team) + number(team);
+  }
+};
+
+template <>
+struct Family<1> {
+  static constexpr int member = 0;
+
+  __device__ Family(const LstmBackwardRun&, const Team&) {}
 };
 
 template <class Product, int kSplit>
@@ -215,7 +226,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         family.barrier.arrive();
         family.barrier.wait();
       }
-      LstmCellGradient<float> gradients[kOwn];
+      LstmCellGradient<float> gradients[kOwn] = {};
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
         const Pair pair(i);

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     const Storage* before = exchange + (iteration + 1) % 2 * half;
     Storage* after = exchange + iteration % 2 * half;
     for (int first = 0; first < rows; first += Product::kRows) {
-      LstmUnit<float> units[kOwn];
+      LstmUnit<float> units[kOwn] = {};
       LstmGates<float> pre[kOwn];
       float cell[kOwn];
 #pragma unroll

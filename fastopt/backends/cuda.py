@@ -24,7 +24,7 @@ from fastopt.backends.contract import (
     UpdateRule,
 )
 from fastopt.backends.lstm_requests import refuse_lstm
-from fastopt.backends.plain_tensors import refuse_request
+from fastopt.backends.plain_tensors import DLPACK_DEVICES, refuse_request
 from fastopt.backends.planning import (
     bump_versions,
     joined_norm,
@@ -32,9 +32,6 @@ from fastopt.backends.planning import (
     named_refusal,
     planned_parameters,
 )
-
-# As DLPack numbers device types.
-DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 
 
 def _version() -> str:

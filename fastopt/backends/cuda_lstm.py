@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from fastopt.backends.lstm_requests import result_shapes, with_gaps
-from fastopt.backends.plain_tensors import REAL_DTYPES, autocast_dtype, compute_dtype
-
-# As DLPack numbers device types.
-DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+from fastopt.backends.plain_tensors import (
+    DLPACK_DEVICES,
+    REAL_DTYPES,
+    autocast_dtype,
+    compute_dtype,
+)
 
 
 @functools.cache
@@ -86,7 +88,7 @@ class Layer:
             table = None
         else:
             self.first_token = _checked_steps(batch_sizes, input, self.batch)
-            table = torch.tensor(self.first_token).to(self.device)
+            table = torch.tensor(self.first_token, device=self.device)
         self.steps, self.tokens = len(self.first_token) - 1, self.first_token[-1]
         self.input = input.reshape(self.tokens, input.size(-1))
         dense = [weight.contiguous() for weight in weights]
@@ -173,9 +175,10 @@ class Layer:
 
     def _indices_before(self, direction: int) -> Tensor:
         assert self._sizes is not None
-        first, sizes = torch.tensor(self.first_token), torch.cat([self._sizes, torch.zeros(1)])
-        step = torch.repeat_interleave(torch.arange(self.steps), self._sizes)
-        row = torch.arange(self.tokens) - first[step]
+        first = torch.tensor(self.first_token, device="cpu")
+        sizes = first.diff(append=first[-1:])  # none behind the last step
+        step = torch.repeat_interleave(self._sizes)
+        row = torch.arange(self.tokens, device="cpu") - first[step]
         neighbour = step - 1 if direction == 0 else step + 1
         exists = neighbour >= 0 if direction == 0 else row < sizes[neighbour]
         index = torch.where(exists, self.batch + first[neighbour.clamp(min=0)] + row, row)
@@ -371,7 +374,7 @@ def _persistent_backward(
         cell_gradient=cell_gradient,
         gate_gradient=gates,
         initial_hidden_gradient=initial_hidden,
-        partial_sums=torch.empty(sums, device=layer.device) if sums else None,
+        partial_sums=cell_gradient.new_empty(sums) if sums else None,
     )
     return Gradients(gates, initial_hidden, cell_gradient, None, None)
 

@@ -15,6 +15,9 @@ from fastopt.backends.contract import ParameterRequest
 REAL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = (*REAL_DTYPES, torch.complex64, torch.complex128)
 
+# As DLPack numbers device types.
+DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+
 # Of tensors as the kernels see them, where a complex one has a dimension more.
 MAX_DIMS = 64
 

@@ -49,7 +49,8 @@ def check_lstm(device: torch.device, backend: str) -> Iterator[Outcome]:
     """Runs small modules forward and backward with the kernels, and with stock in fp64."""
     for case in CASES:
         with _fp32_products(case.tf32):
-            yield Outcome(case.name, _compare(case, device, backend))
+            outcome = Outcome(case.name, _compare(case, device, backend))
+        yield outcome
 
 
 def _compare(case: Case, device: torch.device, backend: str) -> str:
