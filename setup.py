@@ -65,9 +65,13 @@ CUDA_SOURCES = [
     "csrc/cuda/attention_forward.cu",
     "csrc/cuda/attention_backward.cu",
     "csrc/cuda/attention_query_gradients.cu",
+    "csrc/cuda/lstm_forward.cu",
+    "csrc/cuda/lstm_backward.cu",
+    "csrc/cuda/lstm_cell.cu",
     "csrc/cuda/device.cu",
     "csrc/bindings/cuda_plan.cpp",
     "csrc/bindings/cuda_attention_calls.cpp",
+    "csrc/bindings/cuda_lstm_calls.cpp",
     "csrc/bindings/cuda_module.cpp",
 ]
 SHARED_SOURCES = [

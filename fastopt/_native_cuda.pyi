@@ -11,6 +11,83 @@ functor_bytes: int
 def unavailable() -> str: ...
 def driver_version() -> int: ...
 def initialise(torch: ModuleType) -> str: ...
+def load_lstm_kernels(dtype: int, device_index: int) -> None: ...
+
+class LstmLayer:
+    def __init__(
+        self,
+        dtype: int,
+        device_type: int,
+        device_index: int,
+        directions: int,
+        steps: int,
+        batch: int,
+        tokens: int,
+        hidden: int,
+        first_token: Tensor | None,
+    ) -> None: ...
+    def grid(self, backward: bool, tf32: bool) -> tuple[int, int, bool, int]: ...
+    def workspace(self, grid: tuple[int, int, bool, int]) -> tuple[int, int]: ...
+    def exchange_width(self, backward: bool) -> int: ...
+    def forward(
+        self,
+        grid: tuple[int, int, bool, int],
+        tf32: bool,
+        weights: Sequence[Tensor],
+        exchange: Tensor,
+        counters: Tensor,
+        gates: Tensor,
+        save_gates: bool,
+        initial_hidden: Tensor,
+        cells: Tensor,
+        output: Tensor,
+        final_hidden: Tensor,
+        saved_cells: Tensor | None,
+        stream: int,
+    ) -> None: ...
+    def backward(
+        self,
+        grid: tuple[int, int, bool, int],
+        tf32: bool,
+        weights: Sequence[Tensor],
+        exchange: Tensor,
+        counters: Tensor,
+        gates: Tensor,
+        saved_cells: Tensor,
+        initial_cell: Tensor,
+        output_gradient: Tensor | None,
+        final_hidden_gradient: Tensor | None,
+        cell_gradient: Tensor,
+        gate_gradient: Tensor,
+        initial_hidden_gradient: Tensor,
+        partial_sums: Tensor | None,
+        stream: int,
+    ) -> None: ...
+    def cell_forward(
+        self,
+        rows: int,
+        gates: Tensor,
+        product: Tensor,
+        save_gates: bool,
+        cells: Tensor,
+        saved_cells: Tensor | None,
+        hidden_out: Tensor,
+        output: Tensor | None,
+        stream: int,
+    ) -> None: ...
+    def cell_backward(
+        self,
+        rows: int,
+        gates: Tensor,
+        cells: Tensor,
+        cells_before: Tensor,
+        hidden_gradient: Tensor,
+        output_gradient: Tensor | None,
+        cell_gradient: Tensor,
+        gate_gradient: Tensor,
+        hidden_out: Tensor | None,
+        stream: int,
+    ) -> None: ...
 
 class OptimizerPlan:
     def __init__(

@@ -101,6 +101,12 @@ class Sample(NamedTuple):
         states = self.states and tuple(s.detach().double().requires_grad_() for s in self.states)
         return self._replace(leaf=self.leaf.detach().double().requires_grad_(), states=states)
 
+    def to(self, device: str) -> Sample:
+        """The same numbers on a device."""
+        states = self.states and tuple(s.detach().to(device).requires_grad_() for s in self.states)
+        leaf = self.leaf.detach().to(device).requires_grad_()
+        return self._replace(leaf=leaf, states=states)
+
     def arguments(self) -> tuple[Any, ...]:
         """For the module's call."""
         data: Any = self.view(self.leaf)
@@ -145,7 +151,7 @@ def weighted(parts: list[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for part in parts:
         weights = torch.randint(-8, 9, part.shape, generator=generator).double() / 4
-        total = total + (part.double() * weights).sum()
+        total = total + (part.double() * weights.to(part.device)).sum()
     return total
 
 
@@ -167,11 +173,12 @@ def gradients(lstm: torch.nn.LSTM, sample: Sample) -> dict[str, Tensor]:
 
 
 def run(lstm: torch.nn.LSTM, sample: Sample, loss: str = "all") -> dict[str, Tensor]:
-    """Outputs and gradients of a loss."""
+    """Outputs and gradients of a loss, on the CPU."""
     outputs = forward(lstm, sample)
     read = (outputs["output"], outputs["h_n"], outputs["c_n"])
     weighted(LOSSES[loss](sample.case, *read)).backward()
-    return {name: value.detach() for name, value in outputs.items()} | gradients(lstm, sample)
+    results = {name: value.detach() for name, value in outputs.items()} | gradients(lstm, sample)
+    return {name: value.cpu() for name, value in results.items()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:

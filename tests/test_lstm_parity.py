@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lstm_cases import (
     LAYOUTS,
@@ -97,15 +98,20 @@ def _uninitialized_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def check(case: LstmCase, dtype: torch.dtype, loss: str = "all") -> None:
-    ours, stock = case.pair(dtype)
-    actual, expected = (run(lstm, case.sample(dtype), loss) for lstm in (ours, stock))
-    assert_same(actual, expected, dtype)
+def both(
+    case: LstmCase, dtype: torch.dtype, loss: str = "all", *, device: str = "cpu", **more: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Our results on a device and stock's on the CPU; ``more`` is for our module."""
+    ours, stock = case.pair(dtype, device=device, **more)
+    return run(ours, case.sample(dtype).to(device), loss), run(stock, case.sample(dtype), loss)
 
 
-def check_error(case: LstmCase, dtype: torch.dtype) -> None:
-    actual, stock = (run(lstm, case.sample(dtype)) for lstm in case.pair(dtype))
-    assert_no_worse(actual, stock, exact(case, dtype))
+def check(case: LstmCase, dtype: torch.dtype, loss: str = "all", **more: Any) -> None:
+    assert_same(*both(case, dtype, loss, **more), dtype)
+
+
+def check_error(case: LstmCase, dtype: torch.dtype, **more: Any) -> None:
+    assert_no_worse(*both(case, dtype, **more), exact(case, dtype))
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)

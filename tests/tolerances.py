@@ -44,6 +44,9 @@ TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
 # factors that were rounded to it go into every product of a low-precision attention.
 ROUNDED_OPERANDS_ULPS = (4.0, 3.0)
 
+# Tensor cores read ten bits behind the point of an fp32 number.
+TF32_EPS = 2.0**-10
+
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 # "Low precision passes when its error against fp64 is at most twice stock's."
@@ -77,10 +80,6 @@ def assert_as_near_as_stock(actual: Tensor, stock: Tensor, truth: Tensor) -> Non
     assert ours <= ERROR_RATIO * theirs, f"error {ours} against stock's {theirs}"
 
 
-# Of tf32, which rounds to 10 bits.
-TF32_EPS = 2.0**-10
-
-
 def assert_rounds_like_operands(
     actual: Tensor, expected: Tensor, size: Tensor, eps: float | None = None
 ) -> None:
@@ -93,3 +92,9 @@ def assert_rounds_like_operands(
     torch.testing.assert_close(
         actual.double(), expected, rtol=relative * eps, atol=absolute * eps * float(size.detach())
     )
+
+
+def assert_as_near_as_tf32(actual: Tensor, truth: Tensor) -> None:
+    """Holds the error against double precision to what tf32 products explain, and no less."""
+    error = (actual.double() - truth).abs().max() / truth.abs().max()
+    assert TF32_EPS / 1000 < error < TF32_EPS, f"error {error} against {TF32_EPS}"

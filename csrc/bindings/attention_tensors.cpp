@@ -15,13 +15,13 @@ namespace {
 using torch_access::Description;
 using torch_access::kDLInt;
 
-// Sizes of a tensor [batch, heads, rows, features]; compared with those that are expected.
-struct Sizes {
+// FourSizes of a tensor [batch, heads, rows, features]; compared with those that are expected.
+struct FourSizes {
   int64_t batch, heads, rows, features;
 };
 
-AttentionTensor placed(py::handle tensor, const char* name, const Place& place, const Sizes& sizes,
-                       DType dtype) {
+AttentionTensor placed(py::handle tensor, const char* name, const Place& place,
+                       const FourSizes& sizes, DType dtype) {
   const Description given = described(tensor, name, place);
   const int64_t wanted[4] = {sizes.batch, sizes.heads, sizes.rows, sizes.features};
   bool fits = real_dtype_of(given) == dtype && given.dims == 4;
@@ -33,8 +33,8 @@ AttentionTensor placed(py::handle tensor, const char* name, const Place& place, 
   return {given.data, given.strides[0], given.strides[1], given.strides[2]};
 }
 
-AttentionTensor written(py::handle tensor, const char* name, const Place& place, const Sizes& sizes,
-                        DType dtype) {
+AttentionTensor written(py::handle tensor, const char* name, const Place& place,
+                        const FourSizes& sizes, DType dtype) {
   const AttentionTensor result = placed(tensor, name, place, sizes, dtype);
   const Description given = described(tensor, name, place);
   const Layout layout{dtype, std::vector<int64_t>(given.sizes, given.sizes + 4),
@@ -132,15 +132,15 @@ struct CheckedAttention {
   }
 
   // Of the tensors: where sequences lie behind each other, those have a batch of one.
-  Sizes query_sizes() const { return {batch_, layer.heads, layer.query_rows, layer.features}; }
-  Sizes key_sizes() const { return {batch_, layer.key_heads, layer.key_rows, layer.features}; }
-  Sizes value_sizes() const {
+  FourSizes query_sizes() const { return {batch_, layer.heads, layer.query_rows, layer.features}; }
+  FourSizes key_sizes() const { return {batch_, layer.key_heads, layer.key_rows, layer.features}; }
+  FourSizes value_sizes() const {
     return {batch_, layer.key_heads, layer.key_rows, layer.value_features};
   }
-  Sizes output_sizes() const {
+  FourSizes output_sizes() const {
     return {batch_, layer.heads, layer.query_rows, layer.value_features};
   }
-  Sizes score_sizes() const { return {batch_, layer.heads, layer.query_rows, layer.key_rows}; }
+  FourSizes score_sizes() const { return {batch_, layer.heads, layer.query_rows, layer.key_rows}; }
 
   AttentionTensor logsumexp(py::handle tensor) const {
     const Description given = described(tensor, "logsumexp", place_);
@@ -297,12 +297,12 @@ AttentionBackward backward_call(const AttentionTensors& given, const Place& plac
                                 const std::vector<py::object>& gradients) {
   const CheckedAttention checked(given, place);
   if (gradients.size() != 5) throw std::invalid_argument("gradients must be five");
-  const Sizes output_sizes = checked.output_sizes();
+  const FourSizes output_sizes = checked.output_sizes();
   const DType dtype = checked.dtype;
   const auto read = [&](py::handle tensor, const char* name) {
     return checked.in_sequences(placed(tensor, name, place, output_sizes, dtype));
   };
-  const auto to_write = [&](int number, const char* name, const Sizes& sizes) {
+  const auto to_write = [&](int number, const char* name, const FourSizes& sizes) {
     return checked.in_sequences(written(gradients[number], name, place, sizes, dtype));
   };
   AttentionBackward call{};

@@ -3,6 +3,7 @@
 
 #include "bindings/collectable.h"
 #include "bindings/cuda_attention_calls.h"
+#include "bindings/cuda_lstm_calls.h"
 #include "bindings/cuda_plan.h"
 #include "bindings/group_rules.h"
 #include "bindings/torch_access.h"
@@ -31,16 +32,8 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
         "Connects to torch; returns what this torch lacks, in words, or an empty string.");
 #if defined(FASTOPT_HOST_SIM)
   m.def("set_seed", &host_sim::set_seed, py::arg("seed"), "The order of threads and blocks.");
-  m.def(
-      "register_memory",
-      [](uintptr_t address, size_t bytes) {
-        host_sim::register_memory(reinterpret_cast<void*>(address), bytes);
-      },
-      py::arg("address"), py::arg("bytes"), "Has races of blocks in this memory found.");
-  m.def(
-      "unregister_memory",
-      [](uintptr_t address) { host_sim::unregister_memory(reinterpret_cast<void*>(address)); },
-      py::arg("address"));
+  m.def("set_max_resident_blocks", &host_sim::set_max_resident_blocks, py::arg("blocks"),
+        "How many blocks the card holds at once; eight until this is called.");
 #endif
 
   export_cuda_attention(m);
@@ -62,4 +55,35 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
       .def("run", &CudaPlan::run, py::arg("rules"), py::arg("tail"), py::arg("table"),
            py::arg("functors"), py::arg("stream"))
       .def("release", &CudaPlan::release);
+
+  m.def(
+      "load_lstm_kernels",
+      [](int dtype, int device_index) {
+        cuda::load_lstm_kernels(static_cast<DType>(dtype), device_index);
+      },
+      py::arg("dtype"), py::arg("device_index"));
+  py::class_<CudaLstmLayer>(m, "LstmLayer", py::module_local())
+      .def(py::init<int, int, int, int, int64_t, int64_t, int64_t, int64_t, py::object>(),
+           py::arg("dtype"), py::arg("device_type"), py::arg("device_index"), py::arg("directions"),
+           py::arg("steps"), py::arg("batch"), py::arg("tokens"), py::arg("hidden"),
+           py::arg("first_token"))
+      .def("grid", &cuda_lstm_grid, py::arg("backward"), py::arg("tf32"))
+      .def("workspace", &cuda_lstm_workspace, py::arg("grid"))
+      .def("exchange_width", &cuda_lstm_exchange_width, py::arg("backward"))
+      .def("forward", &cuda_lstm_forward, py::arg("grid"), py::arg("tf32"), py::arg("weights"),
+           py::arg("exchange"), py::arg("counters"), py::arg("gates"), py::arg("save_gates"),
+           py::arg("initial_hidden"), py::arg("cells"), py::arg("output"), py::arg("final_hidden"),
+           py::arg("saved_cells"), py::arg("stream"))
+      .def("backward", &cuda_lstm_backward, py::arg("grid"), py::arg("tf32"), py::arg("weights"),
+           py::arg("exchange"), py::arg("counters"), py::arg("gates"), py::arg("saved_cells"),
+           py::arg("initial_cell"), py::arg("output_gradient"), py::arg("final_hidden_gradient"),
+           py::arg("cell_gradient"), py::arg("gate_gradient"), py::arg("initial_hidden_gradient"),
+           py::arg("partial_sums"), py::arg("stream"))
+      .def("cell_forward", &cuda_lstm_cell_forward, py::arg("rows"), py::arg("gates"),
+           py::arg("product"), py::arg("save_gates"), py::arg("cells"), py::arg("saved_cells"),
+           py::arg("hidden_out"), py::arg("output"), py::arg("stream"))
+      .def("cell_backward", &cuda_lstm_cell_backward, py::arg("rows"), py::arg("gates"),
+           py::arg("cells"), py::arg("cells_before"), py::arg("hidden_gradient"),
+           py::arg("output_gradient"), py::arg("cell_gradient"), py::arg("gate_gradient"),
+           py::arg("hidden_out"), py::arg("stream"));
 }

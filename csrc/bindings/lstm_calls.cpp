@@ -4,8 +4,6 @@
 #include <stdexcept>
 
 #include "bindings/checked_tensor.h"
-#include "bindings/layout.h"
-#include "bindings/torch_access.h"
 #include "cpu/dispatch.h"
 #include "cpu/lstm_schedule.h"
 
@@ -14,29 +12,6 @@ namespace py = pybind11;
 namespace fastopt {
 
 namespace {
-
-using Sizes = std::vector<int64_t>;
-
-// A tensor's memory, after what would have the kernels leave it has been refused; nullptr for None.
-void* address(py::handle tensor, const char* name, const Sizes& sizes, DType dtype) {
-  if (tensor.is_none()) return nullptr;
-  const torch_access::Description given = described(tensor, name);
-  bool fits = real_dtype_of(given) == dtype && given.dims == static_cast<int>(sizes.size());
-  int64_t expected_stride = 1;
-  for (int i = given.dims - 1; fits && i >= 0; --i) {
-    const bool dense = given.sizes[i] == 1 || given.strides[i] == expected_stride;
-    fits = given.sizes[i] == sizes[i] && dense;
-    expected_stride *= sizes[i];
-  }
-  if (fits) return given.data;
-  throw std::invalid_argument(std::string(name) + " must be contiguous, of shape " +
-                              shape_text(sizes) + " and of the dtype that goes with the input's");
-}
-
-void* present(py::handle tensor, const char* name, const Sizes& sizes, DType dtype) {
-  if (tensor.is_none()) throw std::invalid_argument(std::string(name) + " must not be None");
-  return address(tensor, name, sizes, dtype);
-}
 
 // The weights of a direction, or their gradients: weight_ih, weight_hh, bias_ih, bias_hh,
 // weight_hr.

@@ -41,11 +41,22 @@ struct ExponentialConstants<double> {
 };
 
 // 1 / (k + 2)!
-HOST_DEVICE constexpr double series_coefficient(int k) {
+constexpr double series_coefficient(int k) {
   double factorial = 1;
   for (int i = 2; i <= k + 2; ++i) factorial *= i;
   return 1 / factorial;
 }
+
+// All of them, as a constant: nvcc folds no call, and would divide in each thread.
+template <class T>
+struct SeriesCoefficients {
+  T at[ExponentialConstants<T>::kTerms] = {};
+  constexpr SeriesCoefficients() {
+    for (int k = 0; k < ExponentialConstants<T>::kTerms; ++k) {
+      at[k] = static_cast<T>(series_coefficient(k));
+    }
+  }
+};
 
 // What is below is written for one value; a vector brings the same operations.
 HOST_DEVICE float power_of_two(float shifted) {  // of the integer that kRounder was added to
@@ -92,12 +103,10 @@ struct ReducedExponential {
     shifted = x * kLog2E + C::kRounder;
     const V n = shifted - C::kRounder;
     const V r = x - n * C::kLn2High - n * C::kLn2Low;
-    V series = r * static_cast<T>(series_coefficient(C::kTerms - 1)) +
-               static_cast<T>(series_coefficient(C::kTerms - 2));
+    constexpr SeriesCoefficients<T> kSeries;
+    V series = r * kSeries.at[C::kTerms - 1] + kSeries.at[C::kTerms - 2];
     FASTOPT_UNROLL
-    for (int k = C::kTerms - 3; k >= 0; --k) {
-      series = series * r + static_cast<T>(series_coefficient(k));
-    }
+    for (int k = C::kTerms - 3; k >= 0; --k) series = series * r + kSeries.at[k];
     remainder = r * r * series + r;
   }
 };
@@ -114,9 +123,9 @@ HOST_DEVICE V exponential(V x) {
 // The polynomial for 2^r: in double precision its series, in single precision the one of degree 5
 // that is nearest for |r| <= 1/2 and 1 for r = 0, to 9.2e-8 (a linear program over 4000 points).
 template <class T>
-HOST_DEVICE constexpr T power_coefficient(int k);
+constexpr T power_coefficient(int k);
 template <>
-HOST_DEVICE constexpr float power_coefficient<float>(int k) {
+constexpr float power_coefficient<float>(int k) {
   constexpr float kNearest[] = {1.0f,
                                 0.6931469775950738f,
                                 0.24022242071221056f,
@@ -126,11 +135,21 @@ HOST_DEVICE constexpr float power_coefficient<float>(int k) {
   return kNearest[k];
 }
 template <>
-HOST_DEVICE constexpr double power_coefficient<double>(int k) {
+constexpr double power_coefficient<double>(int k) {
   double coefficient = 1;  // ln(2)^k / k!
   for (int i = 1; i <= k; ++i) coefficient *= 0.693147180559945309417232121458 / i;
   return coefficient;
 }
+
+template <class T>
+struct PowerCoefficients {
+  T at[ExponentialConstants<T>::kPowerDegree + 1] = {};
+  constexpr PowerCoefficients() {
+    for (int k = 0; k <= ExponentialConstants<T>::kPowerDegree; ++k) {
+      at[k] = power_coefficient<T>(k);
+    }
+  }
+};
 
 // x = n + r, |r| <= 1/2: returns r, and n as times_power_of_two takes it.
 template <class T, class V>
@@ -152,9 +171,10 @@ HOST_DEVICE V exponential_of_two(V x) {
   constexpr int kDegree = ExponentialConstants<T>::kPowerDegree;
   V whole;
   const V r = split_power<T>(x, whole);
-  V series = r * power_coefficient<T>(kDegree) + power_coefficient<T>(kDegree - 1);
+  constexpr PowerCoefficients<T> kPowers;
+  V series = r * kPowers.at[kDegree] + kPowers.at[kDegree - 1];
   FASTOPT_UNROLL
-  for (int k = kDegree - 2; k >= 0; --k) series = series * r + power_coefficient<T>(k);
+  for (int k = kDegree - 2; k >= 0; --k) series = series * r + kPowers.at[k];
   return times_power_of_two<T>(series, whole);
 }
 

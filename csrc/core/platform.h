@@ -1,6 +1,7 @@
 #pragma once
 
 // The formulas of csrc/core are compiled by g++ and by nvcc alike.
+// FASTOPT_UNROLL stands before a loop that is to be unrolled, and with it its coefficients folded.
 #if defined(__CUDACC__)
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define FASTOPT_UNROLL _Pragma("unroll")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.backends import cuda_attention, selfcheck
+from fastopt.backends import cuda_attention, cuda_lstm, selfcheck
 from fastopt.backends.contract import (
     AttentionRequest,
     Created,
@@ -23,6 +23,7 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
+from fastopt.backends.lstm_requests import refuse_lstm
 from fastopt.backends.plain_tensors import DLPACK_DEVICES, refuse_request
 from fastopt.backends.planning import (
     bump_versions,
@@ -31,6 +32,7 @@ from fastopt.backends.planning import (
     named_refusal,
     planned_parameters,
 )
+from fastopt.backends.streams import is_capturing
 
 
 def _version() -> str:
@@ -100,18 +102,20 @@ class CudaBackend:
 
     def supports_attention(self, request: AttentionRequest) -> str | None:
         """Plain tensors of fp32, bf16 or fp16 on a card, of up to 256 features."""
-        if request.device.type != self.device:
-            return f"the queries are on {request.device}"
-        if self.native is None or self.missing:
-            return self.missing
+        if self.native is None:
+            return self._absent
         reason = cuda_attention.refuse(self.native, request, self.device)
-        return reason or selfcheck.refusal("attention", self, request.device)
+        return reason or self._attention_refusal(request.device)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _attention_refusal(self, device: torch.device) -> str | None:
+        return self.missing or selfcheck.refusal("attention", self, device)
 
     def attention_forward(
         self, request: AttentionRequest, inference: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Output and logsumexp; nothing hangs on ``inference``."""
-        return cuda_attention.forward(self.native, request)
+        return cuda_attention.forward(self._usable_native(), request)
 
     def attention_backward(
         self,
@@ -124,12 +128,52 @@ class CudaBackend:
     ) -> tuple[Tensor, ...]:
         """Gradients of query, key, value, bias and sinks; empty where the last are not wanted."""
         return cuda_attention.backward(
-            self.native, request, output_gradient, output, logsumexp, bias_wanted, sinks_wanted
+            self._usable_native(),
+            request,
+            output_gradient,
+            output,
+            logsumexp,
+            bias_wanted,
+            sinks_wanted,
         )
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
-        """No kernel yet."""
-        return "the CUDA kernels have no LSTM"
+        """Plain tensors on a card; inside a graph's capture no packed sequences."""
+        reason = refuse_lstm(request, self.device)
+        return reason or self._lstm_refusal(request.device, request.batch_sizes is not None)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _lstm_refusal(self, device: torch.device, is_packed: bool) -> str | None:
+        if self.native is None or self.missing:
+            return self.missing
+        if is_packed and is_capturing(device):
+            return "the steps of packed sequences cannot be copied inside a graph's capture"
+        return selfcheck.refusal("lstm", self, device)
+
+    def lstm_forward(
+        self,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        initial_hidden: Tensor,
+        initial_cell: Tensor,
+        weights: Sequence[Tensor],
+        has_biases: bool,
+        packed: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        """One layer; see ``cuda_lstm``. Nothing is ever packed for a card."""
+        layer = input, batch_sizes, initial_hidden, initial_cell, weights, has_biases
+        return cuda_lstm.forward(self._usable_native(), *layer, save)
+
+    def lstm_backward(self, *arguments: Any) -> list[Tensor]:
+        """Gradients of one layer, by the arguments of ``Kernels.lstm_backward``."""
+        return cuda_lstm.backward(self._usable_native(), *arguments)
+
+    def _usable_native(self) -> ModuleType:
+        """For operators that are called without a request before: by exported code, say."""
+        if self.native is None or self.missing:
+            raise RuntimeError(f"backend 'cuda' cannot run: {self.missing}")
+        return self.native
 
     def plan_optimizer_step(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastopt.backends import attention_requests
 from fastopt.backends.contract import AttentionRequest
-from fastopt.backends.plain_tensors import REAL_DTYPES
+from fastopt.backends.plain_tensors import DLPACK_DEVICES, REAL_DTYPES
 from fastopt.backends.streams import is_capturing, multiplies_in_tf32, stream_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,13 +35,13 @@ def _load(native: ModuleType, dtype: torch.dtype, tf32: bool, device_index: int)
     native.load_attention(REAL_DTYPES.index(dtype), tf32, device_index)
 
 
-def _call(native: ModuleType, request: AttentionRequest) -> tuple[bool, int, int]:
+def _call(native: ModuleType, request: AttentionRequest) -> tuple[bool, int, int, int]:
     """Arithmetic, card and stream; the kernels are there from now on."""
     dtype, device = request.query.dtype, request.device
     tf32 = dtype is torch.float32 and multiplies_in_tf32()
     index = device.index or 0
     _load(native, dtype, tf32, index)
-    return tf32, index, stream_of(device)
+    return tf32, DLPACK_DEVICES[device.type], index, stream_of(device)
 
 
 def forward(native: Any, request: AttentionRequest) -> tuple[Tensor, Tensor]:

@@ -95,8 +95,14 @@ def run(family: str, backend: CheckedBackend, device: torch.device) -> list[Outc
     token = _is_running.set(True)
     outcomes: list[Outcome] = []
     try:
-        # Whatever the user's code around the first step has set does not matter.
-        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        # Whatever the user's code around the first use has set does not matter.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(device.type, enabled=False),
+        ):
             for outcome in _checks[family](device, backend.name):
                 outcomes.append(outcome)
     except Exception as error:

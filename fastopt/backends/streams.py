@@ -15,7 +15,9 @@ def stream_of(device: torch.device) -> int:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether a graph records what is launched on the current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def multiplies_in_tf32() -> bool:

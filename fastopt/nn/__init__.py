@@ -1,6 +1,11 @@
 """The names and arguments of ``torch.nn``, on fastopt's kernels."""
 
-from fastopt.nn import attention_self_check, functional, utils  # noqa: F401  # registers itself
+from fastopt.nn import (  # noqa: F401  # the checks register themselves
+    attention_self_check,
+    functional,
+    lstm_self_check,
+    utils,
+)
 from fastopt.nn.attention import (
     MultiheadAttention,
     TransformerDecoderLayer,
