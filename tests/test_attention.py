@@ -71,6 +71,7 @@ CASES = {
         mask=(4, 60, 90),
     ),
     "dropout": Case((2, 4, 4, 50, 170, 32, 32), {"dropout_p": 0.3}),
+    "most queries see nothing": Case((1, 2, 2, 300, 3, 64, 64), {"causal": True}),
     "one query": Case((2, 4, 2, 1, 700, 64, 64)),
     "few queries": Case((2, 2, 2, 3, 301, 33, 70), {"causal": True}),
 }
@@ -610,7 +611,7 @@ def test_masks_of_other_dimensions_as_stock(
     ("options", "text"),
     [
         ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
-        ({"window_size": 5}, r"window_size must be a pair of numbers from -1 on, got 5"),
+        ({"window_size": 5}, r"window_size must be a pair of whole numbers from -1 on, got 5"),
         ({"backend": "gpu"}, "gpu"),
         ({"window_size": (3, -2)}, r"window_size must be .* from -1 on, got \(3, -2\)"),
         ({"attn_mask": torch.zeros(4)}, r"attn_mask must have 2 to 4 dimensions, got \(4,\)"),

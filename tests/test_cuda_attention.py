@@ -6,7 +6,11 @@ are an error in every test.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,8 +26,10 @@ from fastopt.backends import registry, selfcheck
 from fastopt.backends.contract import AttentionRequest
 from fastopt.backends.cuda import CudaBackend
 from fastopt.backends.plain_tensors import DLPACK_DEVICES
+from fastopt.backends.reference import reference_attention
 from fastopt.backends.streams import stream_of, tf32_products
 from fastopt.nn.functional import attention, scaled_dot_product_attention
+from fastopt.ops.attention import with_seed
 from tolerances import (
     TF32_EPS,
     assert_matches,
@@ -219,6 +225,101 @@ def test_nan_propagates(place: str) -> None:
         actual = scaled_dot_product_attention(*placed([query, key, value, mask], "cuda"))
     expected = stock_attention(query.double(), key.double(), value.double(), mask.double())
     assert torch.equal(actual.cpu().isnan(), expected.isnan())
+
+
+@simulated
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_that_see_nothing_leave_zeros(dtype: torch.dtype) -> None:
+    case = Case((1, 2, 1, 600, 1, 256, 256), {"causal": True})
+    for seed in range(1, 9):
+        native().set_seed(seed)
+        results = cases.run(case, dtype, "cuda")
+        for name in ("output", "gradient of q"):
+            assert not results[name][:, :, :-1].any(), name
+    native().set_seed(0)
+
+
+@pytest.mark.parametrize("scale", [None, 1e-4])
+def test_small_gradients_of_fp16(scale: float | None) -> None:
+    """What the scale makes small must not be rounded to fp16 on its way."""
+    case = Case((1, 2, 2, 40, 600, 64, 64), {"scale": scale})
+    inputs, _, gradient = cases.tensors(case, torch.float16)
+    given = (inputs, None, gradient * 1e-3)
+    actual = cases.run(case, torch.float16, "cuda", given)
+    expected = cases.run(case, torch.float16, "reference", given)
+    truth = expected["gradient of v"]
+    assert_rounds_like_operands(actual["gradient of v"], truth, truth.abs().max())
+    for name in ("gradient of q", "gradient of k"):
+        # Results of fp16 themselves: what is subnormal there is lost.
+        error = (actual[name].double() - expected[name]).abs().max()
+        assert error <= SMALLEST_OF_FP16 + 2e-2 * expected[name].abs().max(), name
+
+
+SMALLEST_OF_FP16 = 2.0**-24
+
+
+def test_a_key_that_nobody_sees_may_be_nan() -> None:
+    case = Case((1, 1, 1, 10, 20, 8, 8))
+    inputs, _, gradient = cases.tensors(case, torch.float32)
+    leaves = [t.requires_grad_() for t in placed(inputs, "cuda")]
+    with torch.no_grad():
+        leaves[1][:, :, 15] = torch.nan
+    with use_backend("cuda"):
+        output = scaled_dot_product_attention(*leaves, is_causal=True)
+    _, of_key, of_value = torch.autograd.grad(output, leaves, placed(gradient, "cuda"))
+    assert output.isfinite().all()
+    assert not of_key[:, :, 10:].any() and not of_value[:, :, 10:].any()
+    assert of_key.isfinite().all() and of_value.isfinite().all()
+
+
+def test_an_infinite_sink_takes_everything() -> None:
+    inputs = [torch.randn(1, 2, 5, 8, device=DEVICE) for _ in range(3)]
+    sink = torch.tensor([torch.inf, 0.0], device=DEVICE)
+    output = attention(*inputs, learnable_sink=sink, backend="cuda")
+    assert isinstance(output, Tensor)
+    assert not output[:, 0].any() and output[:, 1].isfinite().all()
+
+
+def test_the_reference_stays_on_its_device() -> None:
+    """Derivatives of higher order are its: nothing may be made on another device."""
+    tensors = [torch.randn(1, 2, 5, 8, device="meta") for _ in range(3)]
+    slopes, seed = torch.ones(1, 2, device="meta"), torch.tensor(3)
+    output, logsumexp = reference_attention(
+        AttentionRequest(
+            *tensors, scale=0.5, slopes=slopes, left=2, right=1, seed=seed, dropout=0.1
+        )
+    )
+    assert output.device.type == logsumexp.device.type == "meta"
+
+
+def test_the_seed_is_the_cpus_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        seeded = with_seed(request(dropout=0.1))
+    assert seeded.seed is not None and seeded.seed.device.type == "cpu"
+
+
+@simulated
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_first_call_may_be_compiled(fullgraph: bool, tmp_path: Path) -> None:
+    """The self-check runs then, and Dynamo does not look into it."""
+    program = (
+        "import torch, cards, warnings; warnings.simplefilter('error', RuntimeWarning)\n"
+        "from fastopt.backends import registry\n"
+        "from fastopt.nn.functional import attention\n"
+        "registry.BACKENDS['cuda'] = cards.backend()\n"
+        "x = torch.randn(1, 2, 5, 8)\n"
+        "call = lambda t: attention(t, t, t, causal=True, backend='cuda')\n"
+        f"compiled = torch.compile(call, fullgraph={fullgraph}, backend='aot_eager')\n"
+        "torch.testing.assert_close(compiled(x), call(x))\n"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "FASTOPT_SELFCHECK": "on"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("*.json"))
 
 
 def test_large_scores() -> None:

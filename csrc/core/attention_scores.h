@@ -48,14 +48,12 @@ struct ScoreRule {
     return result;
   }
 
-  // The gradient with respect to the product, of the one with respect to the score.
+  // The gradient with respect to scale * product, of the one with respect to the score.
   template <class V>
-  HOST_DEVICE V product_gradient(V product, V gradient) const {
-    if (softcap != 0) {
-      const V saturated = saturation(product);
-      gradient = gradient * (V{} + T(1) - saturated * saturated);
-    }
-    return gradient * scale;
+  HOST_DEVICE V through_cap(V product, V gradient) const {
+    if (softcap == 0) return gradient;
+    const V saturated = saturation(product);
+    return gradient * (V{} + T(1) - saturated * saturated);
   }
 };
 

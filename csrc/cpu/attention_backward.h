@@ -352,8 +352,8 @@ class AttentionBackwardPass {
       store(weights + j, kept);
       V gradient = weight * (through - delta);
       if (bias_gradient) add_up_to(bias_gradient + j, gradient, count - j);
-      store(gradients + j,
-            kPlain ? gradient * row.rule.scale : row.rule.product_gradient(product, gradient));
+      if (!kPlain) gradient = row.rule.through_cap(product, gradient);
+      store(gradients + j, gradient * row.rule.scale);
     }
   }
 

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
   const AttentionBackward call = sequence_of<Storage>(whole, place.batch);
   const AttentionLayer& layer = call.layer;
   const int64_t key_head = place.head, first_key = place.first;
-  if (first_key >= layer.keys) return;
+  if (first_key < 0 || first_key >= layer.keys) return;
   const int64_t moved =
       static_cast<float*>(call.logsumexp.data) - static_cast<float*>(whole.logsumexp.data);
   const float* const deltas = whole_deltas + moved;
@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
   const int warp = static_cast<int>(threadIdx.x) / 32, own_row = warp * Shape::kWarpKeys;
   const int first_output = part * kOutputs;
   const float growth = growth_of_kept<float>(layer);
+  const float scale = static_cast<float>(layer.scale);
   Sums key_sums[kRowTiles][kOutputs / 8], value_sums[kRowTiles][kOutputs / 8];
   clear(key_sums);
   clear(value_sums);
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
             const int row = 16 * i + 8 * (k / 2) + lane_of_warp() / 4;
             const int feature = column + 8 * j + lane_of_warp() % 4 * 2 + k % 2;
             if (first_query + row < layer.queries && feature < layer.features) {
-              atomicAdd(target + row * layer.features + feature, query_sums[i][j][k]);
+              atomicAdd(target + row * layer.features + feature, query_sums[i][j][k] * scale);
             }
           }
         }
@@ -200,19 +201,19 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
   copy_async_wait<0>();
   __syncthreads();  // nobody reads keys or values any more
 
-  float ones[kRowTiles][2];
-#pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) ones[i][0] = ones[i][1] = 1;
   const int64_t own_first = first_key + own_row;
-  const auto write = [&](Storage* tile, const auto& sums, const AttentionTensor& target,
-                         int64_t features) {
+  const auto write = [&](Storage* tile, const auto& sums, float factor,
+                         const AttentionTensor& target, int64_t features) {
+    float factors[kRowTiles][2];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) factors[i][0] = factors[i][1] = factor;
     Storage* const own = tile + own_row * kStride;
-    store_sums<Products, kStride>(own, sums, ones);
+    store_sums<Products, kStride>(own, sums, factors);
     write_rows<Shape::kWarpKeys, kOutputs, kStride>(own, target, key_head, own_first, layer.keys,
                                                     first_output, features);
   };
-  write(keys, key_sums, call.key_gradient, layer.features);
-  write(values, value_sums, call.value_gradient, layer.value_features);
+  write(keys, key_sums, scale, call.key_gradient, layer.features);
+  write(values, value_sums, 1.0f, call.value_gradient, layer.value_features);
 }
 
 // Outputs times their gradients, a warp for each row of each head.

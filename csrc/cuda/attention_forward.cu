@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
   AttentionForward call = sequence_of<Storage>(whole, place.batch);
   const AttentionLayer& layer = call.layer;
   const int64_t head = place.head, first = place.first;
-  if (first >= layer.queries) return;
+  if (first < 0 || first >= layer.queries) return;
   const int first_output = static_cast<int>(blockIdx.x % Shape::kParts) * Shape::kOutputs;
   call.layer.value.data = static_cast<Storage*>(layer.value.data) + first_output;
 
@@ -221,6 +221,7 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
     if (has_work) add_product<Products, Side::kColumns>(sums, operands, values, ValueTile::kStride);
   }
   copy_async_wait<0>();
+  __syncthreads();  // where no key is seen, queries may still be on their way
 
   // A query that sees no key is zeros, as in torch; a sink is one more key, whose value is zero.
   float factors[kRowTiles][2];
@@ -237,7 +238,8 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
       if (has_sink && sink != kNever<float>) {
         const float both = fmaxf(largest, sink);
         shrinkage = power_of_two_fast((largest - both) * kLog2E);
-        sum = sum * shrinkage + power_of_two_fast((sink - both) * kLog2E);
+        const float weight = sink == both ? 1.0f : power_of_two_fast((sink - both) * kLog2E);
+        sum = sum * shrinkage + weight;
         largest = both;
       }
       const int64_t query = own_first + 16 * i + 8 * half + lane_of_warp() / 4;
@@ -249,7 +251,6 @@ __global__ void __launch_bounds__(ForwardShape<V>::kThreads)
     }
   }
   // The rows of queries that a warp has read are read by nobody else.
-  __syncwarp();
   Storage* const own = queries + own_row * kStride;
   store_sums<Products, kStride>(own, sums, factors);
   write_rows<Shape::kWarpQueries, Shape::kOutputs, kStride>(

@@ -31,24 +31,23 @@ __device__ void load_numbers(QueryNumbers<kQueries>& numbers, const AttentionBac
 
 // Of one query and one key, counted from the first ones of a tile: `product` becomes the weight
 // that goes to the values, `through`, the product of the output's gradient with the value, becomes
-// the gradient of the score; returns that of the product.
+// the gradient of the score; returns that of the scaled product. The scale itself comes after the
+// products that follow: fp16 would lose what it makes small.
 template <Scoring kScoring, bool kBounded, class Storage, int kQueries, int kKeys>
 __device__ float differentiate(const TileScores<Storage>& scores,
                                const QueryNumbers<kQueries>& numbers,
                                const Kept<kQueries, kKeys>* kept, float growth, int query, int key,
                                float& product, float& through) {
-  if (kBounded && !scores.sees(query, key)) {
+  const float logsumexp = numbers.logsumexp[query];
+  if (kBounded && (!scores.sees(query, key) || logsumexp == -kNever<float>)) {
     product = through = 0;
     return 0;
   }
   const float before = product;
   // Rounded as in the forward pass: where one key has all the weight, that is 1 exactly.
   float score = __fmul_rn(product, scores.rule.scale);
-  if constexpr (kScoring == Scoring::kGeneral) {
-    score = numbers.logsumexp[query] == -kNever<float> ? kNever<float>
-                                                       : scores.score(product, query, key);
-  }
-  const float weight = power_of_two_fast((score - numbers.logsumexp[query]) * kLog2E);
+  if constexpr (kScoring == Scoring::kGeneral) score = scores.score(product, query, key);
+  const float weight = power_of_two_fast((score - logsumexp) * kLog2E);
   product = weight;
   if (kScoring == Scoring::kGeneral && kept) {
     const float factor = kept->at(query, key) ? growth : 0.0f;
@@ -56,10 +55,8 @@ __device__ float differentiate(const TileScores<Storage>& scores,
     through *= factor;
   }
   through = weight * (through - numbers.delta[query]);
-  if constexpr (kScoring == Scoring::kGeneral) {
-    return scores.rule.product_gradient(before, through);
-  }
-  return through * scores.rule.scale;
+  if constexpr (kScoring == Scoring::kGeneral) return scores.rule.through_cap(before, through);
+  return through;
 }
 
 }  // namespace fastopt::cuda

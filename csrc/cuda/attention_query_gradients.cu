@@ -108,11 +108,12 @@ __global__ void __launch_bounds__(SquareShape<V>::kThreads, 2)
   const AttentionBackward call = sequence_of<Storage>(whole, place.batch);
   const AttentionLayer& layer = call.layer;
   const int64_t head = place.head, first = place.first;
-  if (first >= layer.queries) return;
+  if (first < 0 || first >= layer.queries) return;
   const float* const deltas = whole_deltas + (static_cast<float*>(call.logsumexp.data) -
                                               static_cast<float*>(whole.logsumexp.data));
   const Square<V> square(numbers, kept);
   square.load_queries(call, deltas, head, first);
+  copy_async_commit();
   Sums sums[1][V::kFeatures / 8];
   clear(sums);
   const KeysOf seen(layer, {first, first + Shape::kSide});
@@ -134,9 +135,10 @@ __global__ void __launch_bounds__(SquareShape<V>::kThreads, 2)
   copy_async_wait<0>();
   __syncthreads();
   const int own_row = static_cast<int>(threadIdx.x) / 32 * 16;
-  const float ones[1][2] = {{1, 1}};
+  const float scale = static_cast<float>(layer.scale);
+  const float factors[1][2] = {{scale, scale}};
   Storage* const own = square.queries + own_row * Shape::kStride;
-  store_sums<Products, Shape::kStride>(own, sums, ones);
+  store_sums<Products, Shape::kStride>(own, sums, factors);
   write_rows<16, V::kFeatures, Shape::kStride>(own, call.query_gradient, head, first + own_row,
                                                layer.queries, 0, layer.features);
 }

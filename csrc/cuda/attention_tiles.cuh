@@ -34,8 +34,8 @@ int64_t blocks_of_head(int64_t batch, int64_t rows, const int32_t* starts) {
   return starts ? rows / kRows + batch : batch * ((rows + kRows - 1) / kRows);
 }
 
-// The block's place, or first < 0 where there is none for it. The last rows come first: with causal
-// masks they have the most to do.
+// The block's place; where there is none for it, `first` is negative or beyond the rows. The last
+// rows come first: with causal masks they have the most to do.
 template <int kRows>
 __device__ BlockPlace place_of_block(int64_t block, int64_t batch, int64_t rows,
                                      const int32_t* starts) {

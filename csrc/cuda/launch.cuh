@@ -88,6 +88,7 @@ void allow_shared(const LaunchShape& shape, void (*kernel)(Params...), int devic
 template <class... Params, class... Args>
 void launch(const char* name, const Stream& stream, const LaunchShape& shape,
             void (*kernel)(Params...), Args&&... args) {
+  if (shape.blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many blocks");
   const DeviceGuard guard(stream.device);
   allow_shared(shape, kernel, stream.device);
   cudaLaunchConfig_t config = {};

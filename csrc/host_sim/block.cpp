@@ -177,6 +177,9 @@ void Block::switch_away(Thread& self) {
 }
 
 void Block::exit_thread(Thread& self) {
+  if (!self.copies.empty() && self.copies.back().group == self.copy_group) {
+    fail(self, "ends with cp.async that was never committed: no wait has waited for it");
+  }
   self.state = Thread::State::kExited;
   progress();
   --live_;

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from fastopt import _native_cpu
 from fastopt.backends.contract import AttentionRequest
-from fastopt.backends.plain_tensors import DLPACK_DEVICES, compute_dtype, not_plain, transformed
+from fastopt.backends.plain_tensors import (
+    DLPACK_DEVICES,
+    compute_dtype,
+    is_on_host,
+    not_plain,
+    transformed,
+)
 
 
 def refuse_attention(
@@ -89,6 +95,8 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
 
 def contiguous_features(tensor: Tensor) -> Tensor:
     """As kernels read it: the features of a row beside each other."""
+    if tensor.numel() == 0:
+        return tensor.new_empty(tensor.shape)
     return tensor if tensor.size(-1) == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -137,6 +145,11 @@ def _is_empty(request: AttentionRequest) -> bool:
     return 0 in (request.query.size(0), request.query.size(2), request.key.size(2))
 
 
+def _has_unread_starts(request: AttentionRequest) -> bool:
+    """Whether rows may belong to no sequence: what lies on a card is not read to find out."""
+    return request.query_starts is not None and not is_on_host(request.query_starts)
+
+
 def forward(
     native: Any, request: AttentionRequest, run: Callable[[Any, Tensor, Tensor], None]
 ) -> tuple[Tensor, Tensor]:
@@ -144,10 +157,14 @@ def forward(
     query = request.query
     output = empty_output(query, request.value)
     logsumexp = query.new_empty(query.shape[:3], dtype=precise_dtype(request))
+    if _is_empty(request) or _has_unread_starts(request):
+        output.zero_()
+        if request.sinks is None:
+            logsumexp.fill_(-torch.inf)
+        else:
+            logsumexp.copy_(request.sinks.unsqueeze(1))
     if _is_empty(request):
-        nothing = -torch.inf if request.sinks is None else request.sinks.unsqueeze(1)
-        logsumexp.copy_(torch.as_tensor(nothing))
-        return output.zero_(), logsumexp
+        return output, logsumexp
     run(native_tensors(native, request), output, logsumexp)
     return output, logsumexp
 
@@ -167,7 +184,8 @@ def backward(
     """
     query, sinks = request.query, request.sinks if sinks_wanted else None
     gradients = [empty_gradient(tensor) for tensor in (query, request.key, request.value)]
-    if request.used_keys is not None or _is_empty(request):  # some of them nobody writes
+    # Some of them nobody writes.
+    if request.used_keys is not None or _is_empty(request) or _has_unread_starts(request):
         for gradient in gradients:
             gradient.zero_()
     sink_sums = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 from typing import Any
 
@@ -25,23 +24,35 @@ def refuse(native: ModuleType, request: AttentionRequest, device: str) -> str | 
     for name, tensor in ("query", request.query), ("value", request.value):
         if tensor.size(-1) > most:
             return f"{name} has {tensor.size(-1)} features, of which the kernels take {most}"
-    if request.dropout > 0 and is_capturing(request.device):
-        return "a graph would draw the same numbers for dropout at every replay"
+    if is_capturing(request.device):
+        if request.dropout > 0:
+            return DROPS_THE_SAME
+        if (native, *_arithmetic(request)) not in _loaded:
+            return "a graph's capture needs a call before it, which loads the kernels"
     return None
 
 
-@functools.cache
-def _load(native: ModuleType, dtype: torch.dtype, tf32: bool, device_index: int) -> None:
-    native.load_attention(REAL_DTYPES.index(dtype), tf32, device_index)
+DROPS_THE_SAME = "a graph would draw the same numbers for dropout at every replay"
+
+# Modules, dtypes, whether in tf32, cards.
+_loaded: set[tuple[ModuleType, torch.dtype, bool, int]] = set()
+
+
+def _arithmetic(request: AttentionRequest) -> tuple[torch.dtype, bool, int]:
+    dtype = request.query.dtype
+    tf32 = dtype is torch.float32 and multiplies_in_tf32()
+    return dtype, tf32, request.device.index or 0
 
 
 def _call(native: ModuleType, request: AttentionRequest) -> tuple[bool, int, int, int]:
     """Arithmetic, card and stream; the kernels are there from now on."""
-    dtype, device = request.query.dtype, request.device
-    tf32 = dtype is torch.float32 and multiplies_in_tf32()
-    index = device.index or 0
-    _load(native, dtype, tf32, index)
-    return tf32, DLPACK_DEVICES[device.type], index, stream_of(device)
+    dtype, tf32, index = _arithmetic(request)
+    if request.dropout > 0 and is_capturing(request.device):  # of compiled code, say
+        raise RuntimeError(DROPS_THE_SAME)
+    if (native, dtype, tf32, index) not in _loaded:
+        native.load_attention(REAL_DTYPES.index(dtype), tf32, index)
+        _loaded.add((native, dtype, tf32, index))
+    return tf32, DLPACK_DEVICES[request.device.type], index, stream_of(request.device)
 
 
 def forward(native: Any, request: AttentionRequest) -> tuple[Tensor, Tensor]:

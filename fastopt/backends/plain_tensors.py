@@ -69,9 +69,14 @@ def not_plain(
     return None
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def can_be_read_now(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor are there without waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """The same, of a tensor that has numbers already."""
+    return is_on_host(tensor) and not torch.compiler.is_compiling()
 
 
 def transformed() -> str | None:

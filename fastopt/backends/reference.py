@@ -330,12 +330,14 @@ def _reference_attention(request: AttentionRequest, first_head: int) -> tuple[Te
         scores = request.softcap * torch.tanh(scores / request.softcap)
     rows, columns = scores.shape[-2:]
     diagonal = columns - rows if request.bottom_right else 0
-    distance = torch.arange(columns) - torch.arange(rows)[:, None] - diagonal
+    device = request.device
+    places = torch.arange(rows, device=device)[:, None] + diagonal
+    distance = torch.arange(columns, device=device) - places
     if request.slopes is not None:
         scores = scores - request.slopes.to(wide)[..., None, None] * distance.abs()
     if request.bias is not None:
         scores = scores + request.bias.to(wide)
-    seen = torch.ones(scores.shape, dtype=torch.bool)
+    seen = torch.ones(scores.shape, dtype=torch.bool, device=device)
     if request.allowed is not None:
         seen = seen & request.allowed
     if request.left >= 0:
@@ -368,9 +370,10 @@ def dropout_factors(request: AttentionRequest, first_head: int = 0) -> Tensor:
     assert request.seed is not None
     batch, heads, rows = request.query.shape[:3]
     columns = request.key.size(2)
-    words = torch.empty((batch * heads, rows, max(-(-columns // 64), 1) * 64), dtype=torch.int32)
+    shape = (batch * heads, rows, max(-(-columns // 64), 1) * 64)
+    words = torch.empty(shape, dtype=torch.int32, device="cpu")
     for head, own in enumerate(words):
         _native_cpu.attention_random_words(int(request.seed), first_head + head, own)
     kept = (words.long() & 0xFFFFFFFF) >= int(request.dropout * 2**32)
     kept = kept[..., :columns].view(batch, heads, rows, columns)
-    return kept.double() / (1 - request.dropout)
+    return kept.to(request.device).double() / (1 - request.dropout)

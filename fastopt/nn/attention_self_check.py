@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,16 +33,25 @@ WINDOW = {"left": 20, "right": 3, "bottom_right": True}
 CAUSAL = {"right": 0, "bottom_right": True}
 CASES: tuple[tuple[str, torch.dtype, Sizes, dict[str, Any]], ...] = (
     ("bf16", torch.bfloat16, HALF, {}),
+    ("bf16, bias", torch.bfloat16, HALF, {"bias": (1, 2)}),
+    ("bf16, dropout, 256 features", torch.bfloat16, LARGE, {"dropout": 0.2}),
     ("bf16, causal", torch.bfloat16, WHOLE, CAUSAL),
     ("bf16, 256 features", torch.bfloat16, LARGE, {}),
     ("fp16, window", torch.float16, HALF, WINDOW),
+    ("fp16, mask", torch.float16, HALF, {"allowed": (1, 1)}),
+    ("fp16, softcap, 256 features", torch.float16, LARGE, {"softcap": 2.0}),
     ("fp16, everything", torch.float16, WHOLE, {**CAUSAL, "bias": (1, 2), "softcap": 2.0,
                                                  "slopes": True, "dropout": 0.2, "sinks": True}),
     ("fp32", torch.float32, HALF, CAUSAL),
+    ("fp32, 128 features", torch.float32, WHOLE, {}),
+    ("fp32, 256 features", torch.float32, LARGE, CAUSAL),
     ("fp32, bias", torch.float32, WHOLE, {"bias": (1, 1)}),
+    ("fp32, queries that see nothing", torch.float32, (1, 2, 2, 200, 3, 32, 32), CAUSAL),
     ("fp32, mask", torch.float32, LARGE, {"allowed": (1, 1)}),
     ("fp32, sequences", torch.float32, (1, 2, 1, 50, 90, 24, 24), {**CAUSAL, "sequences": True}),
     ("tf32", torch.float32, WHOLE, {"tf32": True}),
+    ("tf32, 64 features", torch.float32, HALF, {"tf32": True, "softcap": 2.0}),
+    ("tf32, 256 features", torch.float32, LARGE, {"tf32": True, "bias": (1, 1)}),
 )  # fmt: skip
 
 
@@ -89,6 +99,17 @@ def _moved(request: AttentionRequest, device: torch.device, dtype: torch.dtype) 
     return dataclasses.replace(request, **changed)
 
 
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
 def _compare(
     dtype: torch.dtype, sizes: Sizes, options: dict[str, Any], device: torch.device, backend: str
 ) -> str:
@@ -106,15 +127,18 @@ def _compare(
 
     mine = _moved(request, device, dtype)
     kernels = registry.kernels(registry.choose(mine, backend).name)
+    backward = mine.bias is not None, mine.sinks is not None
     with tf32_products(tf32):
         output, logsumexp = kernels.attention_forward(mine)
-        found = kernels.attention_backward(
-            mine, gradient.to(device), output, logsumexp, mine.bias is not None,
-            mine.sinks is not None,
-        )  # fmt: skip
-    gradients = [found[leaves.index(name)] for name in wanted]
+        saved = gradient.to(device), output, logsumexp
+        found = kernels.attention_backward(mine, *saved, *backward)
+        with _deterministic():  # kernels of its own
+            query_gradient = kernels.attention_backward(mine, *saved, *backward)[0]
+    gradients = [query_gradient, *[found[leaves.index(name)] for name in wanted]]
+    expected.insert(2, expected[2])
     tolerance = TF32_TOLERANCE if tf32 else TOLERANCES[dtype]
-    names = ["output", "logsumexp", *[f"gradient of {name}" for name in wanted]]
+    names = ["output", "logsumexp", "deterministic gradient of query"]
+    names += [f"gradient of {name}" for name in wanted]
     for name, actual, truth in zip(names, [output, logsumexp, *gradients], expected, strict=True):
         size = float(truth[truth.isfinite()].abs().max()) if truth.isfinite().any() else 1.0
         try:

@@ -117,7 +117,7 @@ def attention(
         cache_seqlens: How many keys there are, of all sequences or ``[batch]``: a cache has room
             for more. Queries are the last ones: their own keys are counted.
         return_lse: Return logsumexp of the scores too, which has no gradient.
-        backend: ``auto``, ``cpu``, ``torch`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``cuda``, ``torch`` or ``reference``.
 
     Returns:
         ``[batch, heads, queries, value_features]``, or ``[total_q, heads, value_features]``; with
@@ -140,8 +140,10 @@ def attention(
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and not negative, got {softcap}")
     pair = isinstance(window_size, tuple | list) and len(window_size) == 2
-    if not pair or min(window_size) < -1:
-        raise ValueError(f"window_size must be a pair of numbers from -1 on, got {window_size}")
+    if not pair or not all(isinstance(n, int) for n in window_size) or min(window_size) < -1:
+        raise ValueError(
+            f"window_size must be a pair of whole numbers from -1 on, got {window_size}"
+        )
     left, right = window_size
     if attn_mask is not None and not 2 <= attn_mask.dim() <= 4:
         raise ValueError(f"attn_mask must have 2 to 4 dimensions, got {tuple(attn_mask.shape)}")
@@ -181,7 +183,7 @@ def attention(
     request = _request(
         query, key, value, attn_mask, scale,
         slopes=slopes, sinks=learnable_sink, query_starts=starts, key_starts=key_starts,
-        used_keys=_used_keys(cache_seqlens, batch, query), dropout=float(dropout_p),
+        used_keys=_used_keys(cache_seqlens, batch, query, key.size(2)), dropout=float(dropout_p),
         softcap=float(softcap), left=left, right=0 if causal else right, bottom_right=True,
     )  # fmt: skip
     result = run_attention(request, backend)
@@ -326,10 +328,15 @@ def _narrowed(name: str, numbers: Tensor) -> Tensor:
     return narrow
 
 
-def _used_keys(lengths: int | Tensor | None, batch: int, query: Tensor) -> Tensor | None:
+def _used_keys(lengths: int | Tensor | None, batch: int, query: Tensor, keys: int) -> Tensor | None:
     if lengths is None:
         return None
-    if isinstance(lengths, int):
+    if isinstance(lengths, int) and not isinstance(lengths, bool):
+        if not 0 <= lengths <= keys:
+            raise ValueError(
+                f"cache_seqlens must be one number for each sequence, from 0 to its keys, "
+                f"got {[lengths] * batch}"
+            )
         lengths = query.new_full((batch,), lengths, dtype=torch.int64)
     found: Any = lengths
     if isinstance(lengths, Tensor):

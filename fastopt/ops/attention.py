@@ -128,7 +128,7 @@ def _differentiable_gradients(
 def with_seed(request: AttentionRequest) -> AttentionRequest:
     """The request with a seed drawn from torch's generator of the CPU."""
     # Not random_(): Dynamo does not know it.
-    seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64)
+    seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device="cpu")
     return dataclasses.replace(request, seed=seed)
 
 
