@@ -11,8 +11,9 @@ namespace fastopt::cuda {
 
 namespace {
 
-// Sizes that fit into 99 KB. Of 256 features, a block adds up gradients of 128: with all of them,
-// sums would not fit into registers.
+// Sizes that fit into 99 KB. Of 256 features, a block adds up gradients of 128, and of 128 in one
+// variant of exact fp32 of 64: with all of them, sums would not fit into registers. For the same
+// reason a warp has one row tile, although two would ask less of shared memory.
 template <class V>
 struct KeysShape {
   using Products = typename V::Products;
@@ -20,10 +21,12 @@ struct KeysShape {
   static constexpr bool kIsHalf = sizeof(Storage) == 2;
   static constexpr bool kIsGeneral = V::kScoring == Scoring::kGeneral;
   static constexpr int kFeatures = V::kFeatures;
-  static constexpr int kOutputs = kFeatures < 128 ? kFeatures : 128;
+  static constexpr bool kIsExact = Products::kDepth < 8;
+  static constexpr int kMostOutputs = kIsExact && kIsGeneral && kFeatures == 128 ? 64 : 128;
+  static constexpr int kOutputs = kFeatures < kMostOutputs ? kFeatures : kMostOutputs;
   static constexpr int kParts = kFeatures / kOutputs;
-  static constexpr int kWarps = kIsHalf || kFeatures == 64 ? 4 : kFeatures == 128 ? 2 : 1;
-  static constexpr int kRowTiles = kIsHalf && kFeatures == 64 && !kIsGeneral ? 2 : 1;
+  static constexpr int kWarps = kIsHalf || kFeatures < 256 ? 4 : 1;
+  static constexpr int kRowTiles = 1;
   static constexpr int kWarpKeys = 16 * kRowTiles;
   static constexpr int kKeys = kWarps * kWarpKeys;
   static constexpr bool kIsTight =
@@ -39,7 +42,7 @@ struct KeysShape {
 };
 
 template <class V>
-__global__ void __launch_bounds__(KeysShape<V>::kThreads)
+__global__ void __launch_bounds__(KeysShape<V>::kThreads, 2)
     attention_backward_kernel(const __grid_constant__ AttentionBackward whole,
                               const float* whole_deltas, float* whole_query_sums) {
   using Shape = KeysShape<V>;
@@ -134,10 +137,11 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
         own_first < seen.all_begin || own_first + Shape::kWarpKeys > seen.all_end;
     Sums gradients[kRowTiles][kQueries / 8];
     const auto differentiate_all = [&](auto bounded) {
+    // Queries first: their numbers leave the registers before the next ones' come.
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
+      for (int j = 0; j < kQueries / 8; ++j) {
 #pragma unroll
-        for (int j = 0; j < kQueries / 8; ++j) {
+        for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const int key = own_row + 16 * i + 8 * (k / 2) + lane_of_warp() / 4;
@@ -168,26 +172,34 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads)
       for (int i = 0; i < kRowTiles; ++i) ones[i][0] = ones[i][1] = 1;
       store_sums<Products, kScoreStride>(score_gradients + own_row * kScoreStride, gradients, ones);
       __syncthreads();
-      // Each warp multiplies for some features of all queries.
-      constexpr int kColumns = kOutputs / Shape::kWarps;
-      Sums query_sums[kQueries / 16][kColumns / 8];
-      clear(query_sums);
-      const int column = first_output + warp * kColumns;
-      add_product<Products, Side::kColumns, Side::kColumns, kKeys>(
-          query_sums, score_gradients, kScoreStride, keys + column, kStride);
+      // Each warp multiplies for some features of all queries, not too many at once: its sums of
+      // keys and values stay in registers.
+      constexpr int kOwnColumns = kOutputs / Shape::kWarps;
+      constexpr int kColumns = kOwnColumns < 64 ? kOwnColumns : 64;
       float* const target =
           whole_query_sums +
           (moved + head * call.logsumexp.head_stride + first_query) * layer.features;
+      [[maybe_unused]] constexpr int kUnroll = kOwnColumns == kColumns ? 4 : 1;
+      const int features = static_cast<int>(layer.features);
+      const int rows = static_cast<int>(clamped(layer.queries - first_query, 0, kQueries));
+#pragma unroll kUnroll
+      for (int own = 0; own < kOwnColumns; own += kColumns) {
+        Sums query_sums[kQueries / 16][kColumns / 8];
+        clear(query_sums);
+        const int column = first_output + warp * kOwnColumns + own;
+        add_product<Products, Side::kColumns, Side::kColumns, kKeys>(
+            query_sums, score_gradients, kScoreStride, keys + column, kStride);
 #pragma unroll
-      for (int i = 0; i < kQueries / 16; ++i) {
+        for (int i = 0; i < kQueries / 16; ++i) {
 #pragma unroll
-        for (int j = 0; j < kColumns / 8; ++j) {
+          for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int row = 16 * i + 8 * (k / 2) + lane_of_warp() / 4;
-            const int feature = column + 8 * j + lane_of_warp() % 4 * 2 + k % 2;
-            if (first_query + row < layer.queries && feature < layer.features) {
-              atomicAdd(target + row * layer.features + feature, query_sums[i][j][k] * scale);
+            for (int k = 0; k < 4; ++k) {
+              const int row = 16 * i + 8 * (k / 2) + lane_of_warp() / 4;
+              const int feature = column + 8 * j + lane_of_warp() % 4 * 2 + k % 2;
+              if (row < rows && feature < features) {
+                atomicAdd(target + (row * features + feature), query_sums[i][j][k] * scale);
+              }
             }
           }
         }
