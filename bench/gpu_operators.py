@@ -106,7 +106,10 @@ def measure(
         if simulate:
             case = operator.clipped(case)
             case = dataclasses.replace(case, device="cpu", rounds=3, limit_bar=0.0)
-        with use_backend("cuda"), tf32_products(getattr(case, "tf32", False)):
+        tf32 = getattr(case, "tf32", False)
+        # Stock's LSTM has a switch of its own, which is on.
+        stock_flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32)
+        with use_backend("cuda"), tf32_products(tf32), stock_flags:
             operator.check_parity(case)
             timed: dict[str, Contender] = {}
             for name, contender in operator.contenders(case).items():

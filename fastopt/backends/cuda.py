@@ -32,7 +32,6 @@ from fastopt.backends.planning import (
     named_refusal,
     planned_parameters,
 )
-from fastopt.backends.streams import is_capturing
 
 
 def _version() -> str:
@@ -105,11 +104,7 @@ class CudaBackend:
         if self.native is None:
             return self._absent
         reason = cuda_attention.refuse(self.native, request, self.device)
-        return reason or self._attention_refusal(request.device)
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _attention_refusal(self, device: torch.device) -> str | None:
-        return self.missing or selfcheck.refusal("attention", self, device)
+        return reason or self._unproven("attention", request.device)
 
     def attention_forward(
         self, request: AttentionRequest, inference: bool = False
@@ -139,16 +134,16 @@ class CudaBackend:
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """Plain tensors on a card; inside a graph's capture no packed sequences."""
+        if self.native is None:
+            return self._absent
         reason = refuse_lstm(request, self.device)
-        return reason or self._lstm_refusal(request.device, request.batch_sizes is not None)
+        reason = reason or cuda_lstm.refuse_capture(self.native, request)
+        return reason or self._unproven("lstm", request.device)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _lstm_refusal(self, device: torch.device, is_packed: bool) -> str | None:
-        if self.native is None or self.missing:
-            return self.missing
-        if is_packed and is_capturing(device):
-            return "the steps of packed sequences cannot be copied inside a graph's capture"
-        return selfcheck.refusal("lstm", self, device)
+    def _unproven(self, family: str, device: torch.device) -> str | None:
+        """Why a family's kernels are not to be used on a card; Dynamo does not look into it."""
+        return self.missing or selfcheck.refusal(family, self, device)
 
     def lstm_forward(
         self,

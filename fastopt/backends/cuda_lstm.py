@@ -8,7 +8,6 @@ step; where that does not fit, a product and a small kernel for each step.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastopt.backends.contract import LstmRequest
 from fastopt.backends.lstm_requests import result_shapes, with_gaps
 from fastopt.backends.plain_tensors import (
     DLPACK_DEVICES,
@@ -24,13 +24,30 @@ from fastopt.backends.plain_tensors import (
     autocast_dtype,
     compute_dtype,
 )
-from fastopt.backends.streams import multiplies_in_tf32, stream_of
+from fastopt.backends.streams import is_capturing, multiplies_in_tf32, stream_of
+
+# Modules, dtypes and cards whose kernels are there.
+_loaded: set[tuple[ModuleType, torch.dtype, int]] = set()
 
 
-@functools.cache
-def load(native: ModuleType, dtype: torch.dtype, device_index: int) -> None:
+def load(native: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
     """Loads the kernels of a dtype on a card, once."""
-    native.load_lstm_kernels(REAL_DTYPES.index(dtype), device_index)
+    key = native, dtype, device.index or 0
+    if key not in _loaded:
+        native.load_lstm_kernels(REAL_DTYPES.index(dtype), key[2])
+        _loaded.add(key)
+
+
+def refuse_capture(native: ModuleType, request: LstmRequest) -> str | None:
+    """Why a graph that is being captured cannot take these layers, or None."""
+    if not is_capturing(request.device):
+        return None
+    if request.batch_sizes is not None:
+        return "the steps of packed sequences cannot be copied inside a graph's capture"
+    dtype = autocast_dtype(request.device) or request.input.dtype
+    if (native, dtype, request.device.index or 0) not in _loaded:
+        return "a graph's capture needs a call before it, which loads the kernels"
+    return None
 
 
 # How a kernel spreads: parts of the batch, rows of a part, whether both directions run at once, and
@@ -88,7 +105,7 @@ class Layer:
         filled = with_gaps(dense, self.directions, has_biases)
         self.weights = [Weights(*filled[i : i + 5]) for i in range(0, len(filled), 5)]
         self.is_projected = self.weights[0].projection is not None
-        load(native, self.dtype, self.device.index or 0)
+        load(native, self.dtype, self.device)
         self.native = native.LstmLayer(
             REAL_DTYPES.index(self.dtype),
             DLPACK_DEVICES[self.device.type],
