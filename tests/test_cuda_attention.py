@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention as stock_attention
 import test_attention as cases
 from cards import DEVICE, IS_SIMULATED, card, placed  # noqa: F401 (a fixture)
 from fastopt import nn, use_backend
-from fastopt.backends import registry, selfcheck
+from fastopt.backends import cuda_attention, registry, selfcheck
 from fastopt.backends.contract import AttentionRequest
 from fastopt.backends.cuda import CudaBackend
 from fastopt.backends.plain_tensors import DLPACK_DEVICES
@@ -343,6 +343,21 @@ def test_what_the_kernels_do_not_take(dtype: torch.dtype, features: int, text: s
     inputs = [torch.randn(1, 1, 4, features, dtype=dtype, device=DEVICE) for _ in range(3)]
     with pytest.raises(RuntimeError, match=text):
         attention(*inputs, backend="cuda")
+
+
+def test_what_a_graphs_capture_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_attention, "is_capturing", lambda device: True)
+    monkeypatch.setattr(cuda_attention, "_loaded", set())
+
+    def refusal(**changes: Any) -> str | None:
+        return cuda_attention.refuse(native(), request(**changes), DEVICE)
+
+    assert "same numbers for dropout" in (refusal(dropout=0.1) or "")
+    assert "needs a call before it" in (refusal() or "")
+    with pytest.raises(RuntimeError, match="same numbers for dropout"):
+        cuda_attention.forward(native(), request(dropout=0.1, seed=torch.tensor(3)))
+    cuda_attention.forward(native(), request())
+    assert refusal() is None
 
 
 def request(**changes: Any) -> AttentionRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 import fastopt
 from cards import DEVICE, IS_SIMULATED, card  # noqa: F401
 from fastopt.backends import cuda_lstm, registry, selfcheck
+from fastopt.backends.contract import LstmRequest
 from fastopt.backends.cuda import CudaBackend
 from lstm_cases import LOSSES, LstmCase, assert_no_worse, assert_same, exact, forward, run, weighted
 from test_lstm_parity import (
@@ -571,14 +573,21 @@ def test_steps_that_do_not_fit_are_refused(sizes: tuple[int, ...], text: str) ->
         torch.ops.fastopt.lstm_layer(*layer, None, True, "cuda")
 
 
-def test_packed_sequences_are_refused_while_a_graph_is_captured(
+def test_what_a_graphs_capture_cannot_take(
     monkeypatch: pytest.MonkeyPatch,
     card: CudaBackend,  # noqa: F811
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    there = torch.device("cuda")
-    assert "inside a graph's capture" in (card._lstm_refusal(there, True) or "")
-    assert card._lstm_refusal(there, False) is None
+    assert card.native is not None
+    monkeypatch.setattr(cuda_lstm, "is_capturing", lambda device: True)
+    monkeypatch.setattr(cuda_lstm, "_loaded", set())
+    data, states = torch.randn(4, 5, device=DEVICE), torch.randn(1, 2, 3, device=DEVICE)
+    padded = LstmRequest(data.view(2, 2, 5), None, states, states, [], False, 1, False)
+    packed = dataclasses.replace(padded, input=data, batch_sizes=torch.tensor([2, 2]))
+    assert "cannot be copied inside" in (cuda_lstm.refuse_capture(card.native, packed) or "")
+    assert "needs a call before it" in (cuda_lstm.refuse_capture(card.native, padded) or "")
+    assert not card.missing
+    cuda_lstm.load(card.native, torch.float32, data.device)
+    assert cuda_lstm.refuse_capture(card.native, padded) is None
 
 
 def test_the_self_check_lets_right_kernels_in(card: CudaBackend) -> None:  # noqa: F811
