@@ -13,6 +13,54 @@ def driver_version() -> int: ...
 def initialise(torch: ModuleType) -> str: ...
 def load_lstm_kernels(dtype: int, device_index: int) -> None: ...
 
+class AttentionTensors:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        allowed: Tensor | None,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+        query_starts: Tensor | None,
+        key_starts: Tensor | None,
+        used_keys: Tensor | None,
+        scale: float,
+        softcap: float,
+        left: int,
+        right: int,
+        bottom_right: bool,
+        dropout: float,
+        seed: int,
+    ) -> None: ...
+
+most_attention_features: int
+
+def load_attention(dtype: int, tf32: bool, device_index: int) -> None: ...
+def attention_forward(
+    layer: AttentionTensors,
+    output: Tensor,
+    logsumexp: Tensor,
+    tf32: bool,
+    device_type: int,
+    device_index: int,
+    stream: int,
+) -> None: ...
+def attention_backward(
+    layer: AttentionTensors,
+    output: Tensor,
+    logsumexp: Tensor,
+    output_gradient: Tensor,
+    gradients: list[Tensor | None],
+    deltas: Tensor,
+    query_sums: Tensor | None,
+    tf32: bool,
+    device_type: int,
+    device_index: int,
+    stream: int,
+) -> None: ...
+
 class LstmLayer:
     def __init__(
         self,
