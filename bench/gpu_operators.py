@@ -16,7 +16,7 @@ from bench.lstm_cases import GPU_LSTM_CASES
 from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION
 from bench.timing import OURS, Contender, Timing, interleaved
 from fastopt import use_backend
-from fastopt.backends.streams import tf32_products
+from fastopt.backends.cuda_context import tf32_products
 
 COPY_PROBE = "copy_ of 100M"
 Figures = Mapping[str, Mapping[str, Any]]  # timings of the contenders of a case, by name

@@ -25,9 +25,9 @@ from fastopt import nn, use_backend
 from fastopt.backends import cuda_attention, registry, selfcheck
 from fastopt.backends.contract import AttentionRequest
 from fastopt.backends.cuda import CudaBackend
+from fastopt.backends.cuda_context import stream_of, tf32_products
 from fastopt.backends.plain_tensors import DLPACK_DEVICES
 from fastopt.backends.reference import reference_attention
-from fastopt.backends.streams import stream_of, tf32_products
 from fastopt.nn.functional import attention, scaled_dot_product_attention
 from fastopt.ops.attention import with_seed
 from tolerances import (

@@ -15,13 +15,9 @@ namespace {
 // variant of exact fp32 of 64: with all of them, sums would not fit into registers. For the same
 // reason a warp has one row tile, although two would ask less of shared memory.
 template <class V>
-struct KeysShape {
-  using Products = typename V::Products;
-  using Storage = typename Products::Element;
-  static constexpr bool kIsHalf = sizeof(Storage) == 2;
-  static constexpr bool kIsGeneral = V::kScoring == Scoring::kGeneral;
-  static constexpr int kFeatures = V::kFeatures;
-  static constexpr bool kIsExact = Products::kDepth < 8;
+struct KeysShape : V {
+  using typename V::Products;
+  using V::kIsHalf, V::kIsExact, V::kIsGeneral, V::kFeatures;
   static constexpr int kMostOutputs = kIsExact && kIsGeneral && kFeatures == 128 ? 64 : 128;
   static constexpr int kOutputs = kFeatures < kMostOutputs ? kFeatures : kMostOutputs;
   static constexpr int kParts = kFeatures / kOutputs;
@@ -61,8 +57,7 @@ __global__ void __launch_bounds__(KeysShape<V>::kThreads, 2)
   const AttentionLayer& layer = call.layer;
   const int64_t key_head = place.head, first_key = place.first;
   if (first_key < 0 || first_key >= layer.keys) return;
-  const int64_t moved =
-      static_cast<float*>(call.logsumexp.data) - static_cast<float*>(whole.logsumexp.data);
+  const int64_t moved = numbers_before(whole, call);
   const float* const deltas = whole_deltas + moved;
 
   Storage* const keys = reinterpret_cast<Storage*>(dynamic_shared());
@@ -260,8 +255,7 @@ __global__ void __launch_bounds__(kDeltaThreads)
     attention_sink_kernel(const __grid_constant__ AttentionBackward whole, const float* deltas) {
   const int64_t batch = blockIdx.x / whole.layer.heads, head = blockIdx.x % whole.layer.heads;
   const AttentionBackward call = sequence_of<Storage>(whole, batch);
-  const int64_t moved =
-      static_cast<float*>(call.logsumexp.data) - static_cast<float*>(whole.logsumexp.data);
+  const int64_t moved = numbers_before(whole, call);
   const float sink = static_cast<const float*>(call.layer.sinks)[head];
   float sum = 0;
   for (int64_t i = threadIdx.x; i < call.layer.queries; i += kDeltaThreads) {

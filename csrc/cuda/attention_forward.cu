@@ -12,12 +12,9 @@ namespace {
 // Sizes that let two blocks of any of these share a multiprocessor of 163 KB, and one fit into 99.
 // Two row tiles a warp: with one, products would wait for shared memory.
 template <class V>
-struct ForwardShape {
-  using Products = typename V::Products;
-  using Storage = typename Products::Element;
-  static constexpr bool kIsHalf = sizeof(Storage) == 2;
-  static constexpr bool kIsGeneral = V::kScoring == Scoring::kGeneral;
-  static constexpr int kFeatures = V::kFeatures;
+struct ForwardShape : V {
+  using typename V::Products;
+  using V::kIsHalf, V::kIsExact, V::kIsGeneral, V::kFeatures;
   static constexpr int kWarps = kIsHalf || kFeatures < 256 ? 4 : 2;
   static constexpr int kRowTiles = kIsHalf && kFeatures <= 128 ? 2 : 1;
   static constexpr int kWarpQueries = 16 * kRowTiles;
@@ -28,7 +25,7 @@ struct ForwardShape {
                                           : kFeatures == 128 ? 32
                                                              : 16);
   // Without tensor cores, operands leave no registers for the sums of more than 128 features.
-  static constexpr int kOutputs = kFeatures == 256 && Products::kDepth < 8 ? 128 : kFeatures;
+  static constexpr int kOutputs = kFeatures == 256 && kIsExact ? 128 : kFeatures;
   static constexpr int kParts = kFeatures / kOutputs;
   static constexpr int kThreads = kThreadsOf<kWarps>;
   using QueryTile = Tile<Products, kQueries, kFeatures>;

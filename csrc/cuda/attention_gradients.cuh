@@ -6,6 +6,14 @@
 
 namespace fastopt::cuda {
 
+// How far the numbers of a sequence's queries are from those of all, [batch, heads, queries]: in
+// logsumexp and in whatever is laid out like it.
+__device__ inline int64_t numbers_before(const AttentionBackward& whole,
+                                         const AttentionBackward& sequence) {
+  return static_cast<const float*>(sequence.logsumexp.data) -
+         static_cast<const float*>(whole.logsumexp.data);
+}
+
 // Of the queries of a tile, in shared memory: what makes weights of scores, and output times its
 // gradient. A query that is not there, or sees no key, has weights of zero.
 template <int kQueries>

@@ -11,11 +11,9 @@ namespace {
 
 // As many queries as keys in a tile; four tiles of rows fit into 99 KB.
 template <class V>
-struct SquareShape {
-  using Products = typename V::Products;
-  using Storage = typename Products::Element;
-  static constexpr bool kIsHalf = sizeof(Storage) == 2;
-  static constexpr int kFeatures = V::kFeatures;
+struct SquareShape : V {
+  using typename V::Products;
+  using V::kIsHalf, V::kFeatures;
   static constexpr int kSide =
       (kIsHalf ? 128 : 64) / (kFeatures / 64) > 64 ? 64 : (kIsHalf ? 128 : 64) / (kFeatures / 64);
   static constexpr int kWarps = kSide / 16;
@@ -109,8 +107,7 @@ __global__ void __launch_bounds__(SquareShape<V>::kThreads, 2)
   const AttentionLayer& layer = call.layer;
   const int64_t head = place.head, first = place.first;
   if (first < 0 || first >= layer.queries) return;
-  const float* const deltas = whole_deltas + (static_cast<float*>(call.logsumexp.data) -
-                                              static_cast<float*>(whole.logsumexp.data));
+  const float* const deltas = whole_deltas + numbers_before(whole, call);
   const Square<V> square(numbers, kept);
   square.load_queries(call, deltas, head, first);
   copy_async_commit();
@@ -167,8 +164,7 @@ __global__ void __launch_bounds__(SquareShape<V>::kThreads, 2)
     const AttentionBackward call = sequence_of<Storage>(whole, batch);
     const KeysOf seen(call.layer, {first_query, first_query + Shape::kSide});
     if (first_key >= seen.end || first_key + Shape::kSide <= seen.begin) continue;
-    const float* const own_deltas = deltas + (static_cast<float*>(call.logsumexp.data) -
-                                              static_cast<float*>(whole.logsumexp.data));
+    const float* const own_deltas = deltas + numbers_before(whole, call);
     for (int64_t head = part % heads; head < head_end; ++head) {
       __syncthreads();  // nobody reads the tiles of the head before any more
       square.load_queries(call, own_deltas, head, first_query);

@@ -283,8 +283,12 @@ __device__ void draw(Kept<kQueries, kKeys>& kept, const AttentionLayer& layer, i
 template <Scoring kScoring_, class Products_, int kFeatures_>
 struct Variant {
   using Products = Products_;
+  using Storage = typename Products::Element;
   static constexpr Scoring kScoring = kScoring_;
   static constexpr int kFeatures = kFeatures_;
+  static constexpr bool kIsGeneral = kScoring == Scoring::kGeneral;
+  static constexpr bool kIsHalf = sizeof(Storage) == 2;
+  static constexpr bool kIsExact = Products::kDepth < 8;  // fp32 without tensor cores
 };
 
 // visit(variant) with what a kernel is made for: kind of scores and arithmetic, number of features.

@@ -342,35 +342,21 @@ class Kernels(Protocol):
     """The operators on activations that a backend runs itself, by the schemas in ``ops``."""
 
     def lstm_forward(
-        self,
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        initial_hidden: Tensor,
-        initial_cell: Tensor,
-        weights: Sequence[Tensor],
-        has_biases: bool,
-        packed: Tensor | None,
-        save: bool,
+        self, layer: LstmRequest, packed: Tensor | None, save: bool
     ) -> tuple[Tensor, ...]:
-        """One layer: output, final states, and what its backward needs."""
+        """One layer: output, final states, and what its backward needs, empty without ``save``."""
 
     def lstm_backward(
         self,
-        output_gradient: Tensor | None,
-        final_hidden_gradient: Tensor | None,
-        final_cell_gradient: Tensor | None,
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        initial_hidden: Tensor,
-        initial_cell: Tensor,
-        weights: Sequence[Tensor],
-        has_biases: bool,
-        output: Tensor,
-        saved_gates: Tensor,
-        saved_cells: Tensor,
+        layer: LstmRequest,
+        gradients: Sequence[Tensor | None],
+        saved: Sequence[Tensor],
         wanted: Sequence[bool],
     ) -> list[Tensor]:
-        """Gradients of those of input, initial states and weights that are wanted."""
+        """Gradients of those of input, initial states and weights that are wanted.
+
+        ``gradients`` are those of output and final states; ``saved`` are output, gates and cells.
+        """
 
     def attention_forward(
         self, request: AttentionRequest, inference: bool = False

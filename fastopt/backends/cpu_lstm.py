@@ -8,46 +8,32 @@ import torch
 from torch import Tensor
 
 from fastopt import _native_cpu
+from fastopt.backends.contract import LstmRequest
 from fastopt.backends.lstm_requests import result_shapes, with_gaps
 from fastopt.backends.plain_tensors import REAL_DTYPES, not_plain
 
 
-def _layer(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-) -> _native_cpu.LstmTensors:
+def _native_layer(layer: LstmRequest) -> _native_cpu.LstmTensors:
+    input, sizes = layer.input, layer.batch_sizes
     if input.size(-1) > 1 and input.stride(-1) != 1:
         input = input.contiguous()
-    dense = [weight.contiguous() for weight in weights]
+    dense = [weight.contiguous() for weight in layer.weights]
     return _native_cpu.LstmTensors(
         input,
-        None if batch_sizes is None else batch_sizes.tolist(),
-        initial_hidden.contiguous(),
-        initial_cell.contiguous(),
-        with_gaps(dense, initial_hidden.size(0), has_biases),
+        None if sizes is None else sizes.tolist(),
+        layer.initial_hidden.contiguous(),
+        layer.initial_cell.contiguous(),
+        with_gaps(dense, layer.initial_hidden.size(0), layer.has_biases),
     )
 
 
-def forward(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    packed: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    """Runs one layer; see ``fastopt/ops/lstm.py``."""
-    layer = _layer(input, batch_sizes, initial_hidden, initial_cell, weights, has_biases)
-    shapes = result_shapes(input, initial_hidden, initial_cell, save)
+def forward(layer: LstmRequest, packed: Tensor | None, save: bool) -> tuple[Tensor, ...]:
+    """Runs one layer; see ``Kernels``."""
+    native = _native_layer(layer)
+    shapes = result_shapes(layer.input, layer.initial_hidden, layer.initial_cell, save)
     results = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     passed = results if save else [*results[:3], None, None]
-    _native_cpu.lstm_forward(layer, packed, passed, torch.get_num_threads())
+    _native_cpu.lstm_forward(native, packed, passed, torch.get_num_threads())
     return tuple(results)
 
 
@@ -69,7 +55,7 @@ def pack(weights: Sequence[Tensor], has_biases: bool, directions: int) -> Tensor
         weight_ih.new_empty(shape)
         for shape in ((1, 1, weight_ih.size(1)), (directions, 1, outputs), (directions, 1, hidden))
     )
-    layer = _layer(input, None, h, c, weights, has_biases)
+    layer = _native_layer(LstmRequest(input, None, h, c, weights, has_biases, 1, directions == 2))
     size = _native_cpu.lstm_packed_bytes(layer)
     packed = torch.empty((directions, size), dtype=torch.uint8)
     _native_cpu.lstm_pack(layer, packed, torch.get_num_threads())
@@ -77,37 +63,27 @@ def pack(weights: Sequence[Tensor], has_biases: bool, directions: int) -> Tensor
 
 
 def backward(
-    output_gradient: Tensor | None,
-    final_hidden_gradient: Tensor | None,
-    final_cell_gradient: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    output: Tensor,
-    saved_gates: Tensor,
-    saved_cells: Tensor,
+    layer: LstmRequest,
+    gradients: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of input, initial states and weights that are wanted, in this order."""
-    layer = _layer(input, batch_sizes, initial_hidden, initial_cell, weights, has_biases)
-    gradients = output_gradient, final_hidden_gradient, final_cell_gradient
+    native, input = _native_layer(layer), layer.input
     given = [None if gradient is None else gradient.contiguous() for gradient in gradients]
-    everything = [input, initial_hidden, initial_cell, *weights]
     made = [
         torch.empty(tensor.shape, dtype=tensor.dtype) if want else None
-        for tensor, want in zip(everything[1:], wanted[1:], strict=True)
+        for tensor, want in zip(
+            [layer.initial_hidden, layer.initial_cell, *layer.weights], wanted[1:], strict=True
+        )
     ]
     # Each direction has an input gradient of its own.
-    directions, tokens = saved_gates.shape[:2]
+    directions, tokens = saved[1].shape[:2]
     parts = None
     if wanted[0]:
         parts = torch.empty((directions, tokens, input.size(-1)), dtype=input.dtype)
-    results = [parts, *made[:2], *with_gaps(made[2:], directions, has_biases)]
-    saved = [output, saved_gates, saved_cells]
-    _native_cpu.lstm_backward(layer, saved, given, results, torch.get_num_threads())
+    results = [parts, *made[:2], *with_gaps(made[2:], directions, layer.has_biases)]
+    _native_cpu.lstm_backward(native, saved, given, results, torch.get_num_threads())
     if parts is not None:
         made.insert(0, (parts[0] if directions == 1 else parts.sum(0)).view(input.shape))
     return [tensor for tensor in made if tensor is not None]

@@ -23,6 +23,7 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
+from fastopt.backends.cuda_context import is_capturing
 from fastopt.backends.lstm_requests import refuse_lstm
 from fastopt.backends.plain_tensors import DLPACK_DEVICES, refuse_request
 from fastopt.backends.planning import (
@@ -146,23 +147,20 @@ class CudaBackend:
         return self.missing or selfcheck.refusal(family, self, device)
 
     def lstm_forward(
-        self,
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        initial_hidden: Tensor,
-        initial_cell: Tensor,
-        weights: Sequence[Tensor],
-        has_biases: bool,
-        packed: Tensor | None,
-        save: bool,
+        self, layer: LstmRequest, packed: Tensor | None, save: bool
     ) -> tuple[Tensor, ...]:
         """One layer; see ``cuda_lstm``. Nothing is ever packed for a card."""
-        layer = input, batch_sizes, initial_hidden, initial_cell, weights, has_biases
-        return cuda_lstm.forward(self._usable_native(), *layer, save)
+        return cuda_lstm.forward(self._usable_native(), layer, save)
 
-    def lstm_backward(self, *arguments: Any) -> list[Tensor]:
-        """Gradients of one layer, by the arguments of ``Kernels.lstm_backward``."""
-        return cuda_lstm.backward(self._usable_native(), *arguments)
+    def lstm_backward(
+        self,
+        layer: LstmRequest,
+        gradients: Sequence[Tensor | None],
+        saved: Sequence[Tensor],
+        wanted: Sequence[bool],
+    ) -> list[Tensor]:
+        """Gradients of one layer."""
+        return cuda_lstm.backward(self._usable_native(), layer, gradients, saved, wanted)
 
     def _usable_native(self) -> ModuleType:
         """For operators that are called without a request before: by exported code, say."""
@@ -347,7 +345,7 @@ class CardPlan:
             found_inf,
         )
         stream = self._stream()
-        if stream and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._device):
             # A graph reads them at every replay, whatever becomes of this plan.
             vars(optimizer).setdefault("_read_by_graphs", []).append((self._table, self._functors))
         bump_versions(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastopt.backends import attention_requests
 from fastopt.backends.contract import AttentionRequest
+from fastopt.backends.cuda_context import is_capturing, multiplies_in_tf32, stream_of
 from fastopt.backends.plain_tensors import DLPACK_DEVICES, REAL_DTYPES
-from fastopt.backends.streams import is_capturing, multiplies_in_tf32, stream_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastopt.backends.contract import LstmRequest
+from fastopt.backends.cuda_context import is_capturing, multiplies_in_tf32, stream_of
 from fastopt.backends.lstm_requests import result_shapes, with_gaps
 from fastopt.backends.plain_tensors import (
     DLPACK_DEVICES,
@@ -24,7 +25,6 @@ from fastopt.backends.plain_tensors import (
     autocast_dtype,
     compute_dtype,
 )
-from fastopt.backends.streams import is_capturing, multiplies_in_tf32, stream_of
 
 # Modules, dtypes and cards whose kernels are there.
 _loaded: set[tuple[ModuleType, torch.dtype, int]] = set()
@@ -74,16 +74,9 @@ class Layer:
         weights: One for each direction.
     """
 
-    def __init__(
-        self,
-        native: ModuleType,
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        initial_hidden: Tensor,
-        initial_cell: Tensor,
-        weights: Sequence[Tensor],
-        has_biases: bool,
-    ) -> None:
+    def __init__(self, native: ModuleType, request: LstmRequest) -> None:
+        input, batch_sizes = request.input, request.batch_sizes
+        initial_hidden, initial_cell = request.initial_hidden, request.initial_cell
         self.directions, self.batch, self.outputs = initial_hidden.shape
         self.hidden = initial_cell.size(2)
         self.initial_hidden, self.initial_cell = (
@@ -101,8 +94,8 @@ class Layer:
             table = torch.tensor(self.first_token, device=self.device)
         self.steps, self.tokens = len(self.first_token) - 1, self.first_token[-1]
         self.input = input.reshape(self.tokens, input.size(-1))
-        dense = [weight.contiguous() for weight in weights]
-        filled = with_gaps(dense, self.directions, has_biases)
+        dense = [weight.contiguous() for weight in request.weights]
+        filled = with_gaps(dense, self.directions, request.has_biases)
         self.weights = [Weights(*filled[i : i + 5]) for i in range(0, len(filled), 5)]
         self.is_projected = self.weights[0].projection is not None
         load(native, self.dtype, self.device)
@@ -213,21 +206,12 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     return torch.autocast(device.type, enabled=False)
 
 
-def forward(
-    native: ModuleType,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    """Runs one layer; see ``fastopt/ops/lstm.py``."""
-    with _without_autocast(input.device):
-        layer = Layer(native, input, batch_sizes, initial_hidden, initial_cell, weights, has_biases)
+def forward(native: ModuleType, request: LstmRequest, save: bool) -> tuple[Tensor, ...]:
+    """Runs one layer; see ``Kernels``."""
+    with _without_autocast(request.device):
+        layer = Layer(native, request)
         (output_shape, _), *_, (saved_shape, compute) = result_shapes(
-            input, initial_hidden, initial_cell, save
+            request.input, request.initial_hidden, request.initial_cell, save
         )
         gates = layer.empty(layer.directions, layer.tokens, 4 * layer.hidden)
         for own, target in zip(layer.weights, gates, strict=True):
@@ -315,23 +299,17 @@ class Gradients(NamedTuple):
 
 def backward(
     native: ModuleType,
-    output_gradient: Tensor | None,
-    final_hidden_gradient: Tensor | None,
-    final_cell_gradient: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    initial_hidden: Tensor,
-    initial_cell: Tensor,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    output: Tensor,
-    saved_gates: Tensor,
-    saved_cells: Tensor,
+    request: LstmRequest,
+    gradients: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of input, initial states and weights that are wanted, in this order."""
+    output_gradient, final_hidden_gradient, final_cell_gradient = gradients
+    output, saved_gates, saved_cells = saved
+    input, initial_cell = request.input, request.initial_cell
     with _without_autocast(input.device):
-        layer = Layer(native, input, batch_sizes, initial_hidden, initial_cell, weights, has_biases)
+        layer = Layer(native, request)
         width = layer.directions * layer.outputs
         _check("gradient of output", output_gradient, (*input.shape[:-1], width))
         _check("output", output, (*input.shape[:-1], width))
@@ -349,10 +327,10 @@ def backward(
         run = output_gradient, final_hidden_gradient, cells, saved_gates, saved_cells
         grid = layer.grid(backward=True)
         if grid is not None:
-            gradients = _persistent_backward(layer, grid, *run)
+            found = _persistent_backward(layer, grid, *run)
         else:
-            gradients = _stepwise_backward(layer, *run)
-        return _products(layer, gradients, output.reshape(layer.tokens, width), input, wanted)
+            found = _stepwise_backward(layer, *run)
+        return _products(layer, found, output.reshape(layer.tokens, width), input, wanted)
 
 
 def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -21,6 +21,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from fastopt.backends.cuda_context import is_capturing
+
 logger = logging.getLogger("fastopt")
 
 SETTINGS = ("on", "off", "force")
@@ -77,7 +79,7 @@ def refusal(family: str, backend: CheckedBackend, device: torch.device) -> str |
     if key not in _verdicts:
         kept = None if setting == "force" else _read(key)
         if kept is None:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if is_capturing(device):
                 return "the kernels' self-check cannot run inside a graph's capture"
             kept = run(family, backend, device)
             if not any(outcome.case == BROKEN_OFF for outcome in kept):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastopt.backends import registry
 from fastopt.backends.contract import AttentionRequest
+from fastopt.backends.cuda_context import tf32_products
 from fastopt.backends.reference import reference_attention
 from fastopt.backends.selfcheck import Outcome, register
-from fastopt.backends.streams import tf32_products
 
 # Of the largest value: tf32 has 10 bits of mantissa, bf16 has 7.
 TOLERANCES = {

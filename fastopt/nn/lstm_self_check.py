@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from fastopt.backends.cuda_context import tf32_products
 from fastopt.backends.selfcheck import Outcome, register
-from fastopt.backends.streams import tf32_products
 from fastopt.nn.lstm import LSTM
 
 BOTH = {"bidirectional": True}

@@ -34,14 +34,27 @@ LIBRARY.define(
 )
 
 
+# How many arguments of the operators are the layer itself, in the order of an LstmRequest.
+_OF_LAYER = 6
+
+
+def _layer(arguments: Sequence[Any]) -> LstmRequest:
+    input, batch_sizes, hidden, cell, weights, has_biases = arguments
+    directions = hidden.size(0)
+    return LstmRequest(input, batch_sizes, hidden, cell, weights, has_biases, 1, directions == 2)
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *layer, backend = arguments
-    return registry.kernels(backend).lstm_forward(*layer)
+    packed, save, backend = arguments[_OF_LAYER:]
+    layer = _layer(arguments[:_OF_LAYER])
+    return registry.kernels(backend).lstm_forward(layer, packed, save)
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
-    *layer, backend = arguments
-    return registry.kernels(backend).lstm_backward(*layer)
+    gradients, rest = arguments[:3], arguments[3:]
+    *saved, wanted, backend = rest[_OF_LAYER:]
+    layer = _layer(rest[:_OF_LAYER])
+    return registry.kernels(backend).lstm_backward(layer, gradients, saved, wanted)
 
 
 for _device in registry.DISPATCH_KEYS:
@@ -87,9 +100,7 @@ def _layer_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     if all(gradient is None for gradient in from_outside) or not any(wanted):
         return None, None, None, None, [None] * len(weights), *[None] * 4
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        layer = LstmRequest(
-            input, batch_sizes, h0, c0, weights, ctx.has_biases, 1, bidirectional=h0.size(0) == 2
-        )
+        layer = _layer((input, batch_sizes, h0, c0, weights, ctx.has_biases))
         grads = _differentiable_gradients(from_outside, layer, wanted)
     else:
         grads = torch.ops.fastopt.lstm_layer_backward(
