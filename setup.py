@@ -48,6 +48,7 @@ PER_ISA_SOURCES = [
     "csrc/cpu/grad_norm.cpp",
     "csrc/cpu/lstm.cpp",
     "csrc/cpu/attention.cpp",
+    "csrc/cpu/cross_entropy.cpp",
 ]
 CPU_SOURCES = [
     "csrc/cpu/dispatch.cpp",
@@ -57,6 +58,7 @@ CPU_SOURCES = [
     "csrc/bindings/optimizer_plan.cpp",
     "csrc/bindings/lstm_calls.cpp",
     "csrc/bindings/attention_calls.cpp",
+    "csrc/bindings/cross_entropy_calls.cpp",
     "csrc/bindings/cpu_module.cpp",
 ]
 CUDA_SOURCES = [
@@ -68,16 +70,19 @@ CUDA_SOURCES = [
     "csrc/cuda/lstm_forward.cu",
     "csrc/cuda/lstm_backward.cu",
     "csrc/cuda/lstm_cell.cu",
+    "csrc/cuda/cross_entropy.cu",
     "csrc/cuda/device.cu",
     "csrc/bindings/cuda_plan.cpp",
     "csrc/bindings/cuda_attention_calls.cpp",
     "csrc/bindings/cuda_lstm_calls.cpp",
+    "csrc/bindings/cuda_cross_entropy_calls.cpp",
     "csrc/bindings/cuda_module.cpp",
 ]
 SHARED_SOURCES = [
     "csrc/bindings/torch_access.cpp",
     "csrc/bindings/layout.cpp",
     "csrc/bindings/attention_tensors.cpp",
+    "csrc/bindings/cross_entropy_tensors.cpp",
     "csrc/bindings/group_rules.cpp",
     "csrc/bindings/step_plan.cpp",
 ]

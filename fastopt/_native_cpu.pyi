@@ -61,6 +61,22 @@ def attention_backward(
     threads: int,
 ) -> None: ...
 def attention_random_words(seed: int, head: int, words: Tensor) -> None: ...
+class CrossEntropyRows:
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        class_weights: Tensor | None,
+        loss_scale: Tensor | None,
+        z_scale: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        softcap: float,
+        losses: Tensor,
+        logsumexps: Tensor,
+    ) -> None: ...
+
+def cross_entropy(rows: CrossEntropyRows, threads: int) -> None: ...
 def lstm_packed_bytes(layer: LstmTensors) -> int: ...
 def lstm_pack(layer: LstmTensors, packed: Tensor, threads: int) -> None: ...
 def lstm_backward(

@@ -61,6 +61,26 @@ def attention_backward(
     stream: int,
 ) -> None: ...
 
+class CrossEntropyRows:
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        class_weights: Tensor | None,
+        loss_scale: Tensor | None,
+        z_scale: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        softcap: float,
+        losses: Tensor,
+        logsumexps: Tensor,
+    ) -> None: ...
+
+def load_cross_entropy(dtype: int, device_index: int) -> None: ...
+def cross_entropy(
+    rows: CrossEntropyRows, device_type: int, device_index: int, stream: int
+) -> None: ...
+
 class LstmLayer:
     def __init__(
         self,

@@ -6,6 +6,7 @@
 
 #include "bindings/attention_calls.h"
 #include "bindings/collectable.h"
+#include "bindings/cross_entropy_calls.h"
 #include "bindings/gradient_list.h"
 #include "bindings/layout.h"
 #include "bindings/lstm_calls.h"
@@ -88,6 +89,9 @@ PYBIND11_MODULE(_native_cpu, m) {
         py::arg("logsumexp"), py::arg("output_gradient"), py::arg("gradients"), py::arg("threads"));
   m.def("attention_random_words", &attention_random_words, py::arg("seed"), py::arg("head"),
         py::arg("words"));
+
+  export_cross_entropy_rows(m);
+  m.def("cross_entropy", &cross_entropy, py::arg("rows"), py::arg("threads"));
 
   py::class_<OptimizerPlan>(m, "OptimizerPlan", py::module_local(),
                             py::custom_type_setup(make_collectable<OptimizerPlan>))

@@ -3,6 +3,7 @@
 
 #include "bindings/collectable.h"
 #include "bindings/cuda_attention_calls.h"
+#include "bindings/cuda_cross_entropy_calls.h"
 #include "bindings/cuda_lstm_calls.h"
 #include "bindings/cuda_plan.h"
 #include "bindings/group_rules.h"
@@ -37,6 +38,7 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
 #endif
 
   export_cuda_attention(m);
+  export_cuda_cross_entropy(m);
 
   py::class_<CudaPlan>(m, "OptimizerPlan", py::module_local(),
                        py::custom_type_setup(make_collectable<CudaPlan>))

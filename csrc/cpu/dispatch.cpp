@@ -6,12 +6,13 @@
 namespace fastopt {
 
 // FASTOPT_FOR_EACH_ISA(X) expands to X(name) for each set that was built; the build defines it.
-#define FASTOPT_DECLARE_KERNELS(isa)               \
-  namespace isa {                                  \
-  extern const OptimizerKernels kOptimizerKernels; \
-  extern const GradNormKernels kGradNormKernels;   \
-  extern const LstmKernels kLstmKernels;           \
-  extern const AttentionKernels kAttentionKernels; \
+#define FASTOPT_DECLARE_KERNELS(isa)                     \
+  namespace isa {                                        \
+  extern const OptimizerKernels kOptimizerKernels;       \
+  extern const GradNormKernels kGradNormKernels;         \
+  extern const LstmKernels kLstmKernels;                 \
+  extern const AttentionKernels kAttentionKernels;       \
+  extern const CrossEntropyKernels kCrossEntropyKernels; \
   }
 FASTOPT_FOR_EACH_ISA(FASTOPT_DECLARE_KERNELS)
 
@@ -40,7 +41,8 @@ const std::vector<InstructionSet>& instruction_sets() {
    &isa::kOptimizerKernels,       \
    &isa::kGradNormKernels,        \
    &isa::kLstmKernels,            \
-   &isa::kAttentionKernels},
+   &isa::kAttentionKernels,       \
+   &isa::kCrossEntropyKernels},
   static const std::vector<InstructionSet> sets = {FASTOPT_FOR_EACH_ISA(FASTOPT_LIST_KERNELS)};
   return sets;
 }

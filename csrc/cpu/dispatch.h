@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/cross_entropy.h"
 #include "cpu/grad_norm.h"
 #include "cpu/lstm.h"
 #include "cpu/optimizer_step.h"
@@ -17,6 +18,7 @@ struct InstructionSet {
   const GradNormKernels* grad_norm;
   const LstmKernels* lstm;
   const AttentionKernels* attention;
+  const CrossEntropyKernels* cross_entropy;
 };
 
 // The sets that this build carries, from the plainest to the widest.

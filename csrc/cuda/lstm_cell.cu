@@ -3,6 +3,7 @@
 
 #include "cuda/lstm.h"
 #include "cuda/lstm_recurrence.cuh"
+#include "cuda/with_storage.cuh"
 
 namespace fastopt::cuda {
 
@@ -50,20 +51,6 @@ __global__ void __launch_bounds__(kThreads) lstm_cell_backward_kernel(const Lstm
   store_gates(static_cast<Storage*>(step.gate_gradient) + row * 4 * step.hidden, step.hidden, unit,
               gradient.pre);
   if (step.hidden_out) store(static_cast<Storage*>(step.hidden_out) + element, gradient.hidden);
-}
-
-template <class Visitor>
-void with_storage(DType dtype, const Visitor& visit) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return visit(float{});
-    case DType::kFloat64:
-      return visit(double{});
-    case DType::kBFloat16:
-      return visit(BFloat16{});
-    case DType::kFloat16:
-      return visit(Half{});
-  }
 }
 
 LaunchShape shape_of(int64_t rows, int64_t hidden) {

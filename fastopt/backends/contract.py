@@ -242,6 +242,57 @@ class AttentionRequest:
         return backend.supports_attention(self)
 
 
+@dataclass(frozen=True, slots=True)
+class LinearCrossEntropyRequest:
+    """May a backend run this linear layer with its cross-entropy, forward and backward?
+
+    With ``s = softcap(input @ linear_weight^T + linear_bias)``, the loss of a row is the
+    cross-entropy of ``s`` plus ``z_loss * logsumexp(s)^2``.
+
+    Attributes:
+        input: ``[rows, features]``.
+        linear_weight: ``[classes, features]``, or of a K-dimensional loss
+            ``[classes, d_1, ..., d_K, features]``.
+        target: Classes, int64 ``[rows]``, or their probabilities ``[rows, classes]``.
+        linear_bias: As ``linear_weight`` without features; or None.
+        weight: Of each class, ``[classes]``; or None.
+        reduction: ``none``, ``mean`` or ``sum``.
+        ignore_index: Rows of this target have no part in the loss.
+        label_smoothing: How much of the target is spread over all classes.
+        softcap: Logits become ``softcap * tanh(logit / softcap)``; 0: they stay.
+        z_loss: Not scaled by ``weight``; its mean is that of the rows that have a part.
+        chunk_rows: How many rows have their logits in memory at once, at most; 0: as many as the
+            backend finds best.
+    """
+
+    input: Tensor
+    linear_weight: Tensor
+    target: Tensor
+    linear_bias: Tensor | None = None
+    weight: Tensor | None = None
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    chunk_rows: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is."""
+        return self.input.device
+
+    @property
+    def task(self) -> str:
+        """The work in words, for messages."""
+        shape, dtype = list(self.input.shape), self.input.dtype
+        return f"run a linear cross-entropy of input of shape {shape}, {dtype} on {self.device}"
+
+    def ask(self, backend: Backend) -> str | None:
+        """What the backend answers."""
+        return backend.supports_linear_cross_entropy(self)
+
+
 class SteppedOptimizer(Protocol):
     """The side of an optimizer that the operator and its backends see."""
 
@@ -326,6 +377,9 @@ class Backend(Protocol):
     def supports_attention(self, request: AttentionRequest) -> str | None:
         """The same for an attention."""
 
+    def supports_linear_cross_entropy(self, request: LinearCrossEntropyRequest) -> str | None:
+        """The same for a linear layer with its cross-entropy."""
+
     def plan_optimizer_step(
         self,
         optimizer: SteppedOptimizer,
@@ -373,3 +427,16 @@ class Kernels(Protocol):
         sinks_wanted: bool,
     ) -> tuple[Tensor, ...]:
         """Gradients of query, key, value, bias and sinks; empty where the last are not wanted."""
+
+    def linear_cross_entropy_forward(
+        self, request: LinearCrossEntropyRequest, wanted: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss in the type of the arithmetic, and gradients as if its own were 1.
+
+        They are those of input, weight and bias; empty where not ``wanted``.
+        """
+
+    def linear_cross_entropy_backward(
+        self, request: LinearCrossEntropyRequest, gradient: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same gradients, of a loss that has the gradient given."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fastopt import _native_cpu
-from fastopt.backends import cpu_attention, cpu_lstm
+from fastopt.backends import cpu_attention, cpu_linear_cross_entropy, cpu_lstm
 from fastopt.backends.attention_requests import refuse_attention
 from fastopt.backends.contract import (
     AttentionRequest,
     Created,
+    LinearCrossEntropyRequest,
     LstmRequest,
     ParameterRequest,
     Refusal,
@@ -22,6 +23,7 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
+from fastopt.backends.linear_cross_entropy_requests import refuse_linear_cross_entropy
 from fastopt.backends.lstm_requests import refuse_lstm
 from fastopt.backends.plain_tensors import REAL_DTYPES, refuse_request
 from fastopt.backends.planning import bump_versions, named_refusal, planned_parameters
@@ -38,6 +40,8 @@ class CpuBackend:
     lstm_backward = staticmethod(cpu_lstm.backward)
     attention_forward = staticmethod(cpu_attention.forward)
     attention_backward = staticmethod(cpu_attention.backward)
+    linear_cross_entropy_forward = staticmethod(cpu_linear_cross_entropy.forward)
+    linear_cross_entropy_backward = staticmethod(cpu_linear_cross_entropy.backward)
 
     def supports(self, request: ParameterRequest) -> str | None:
         """Plain tensors on the CPU, of any strides; not what autograd has to record."""
@@ -56,6 +60,10 @@ class CpuBackend:
     def supports_attention(self, request: AttentionRequest) -> str | None:
         """Plain tensors of one dtype on the CPU."""
         return MISSING_IN_TORCH or refuse_attention(request, "cpu", REAL_DTYPES)
+
+    def supports_linear_cross_entropy(self, request: LinearCrossEntropyRequest) -> str | None:
+        """Plain tensors on the CPU, of sizes that fit each other."""
+        return MISSING_IN_TORCH or refuse_linear_cross_entropy(request, "cpu")
 
     def plan_optimizer_step(
         self,

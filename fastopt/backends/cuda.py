@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.backends import cuda_attention, cuda_lstm, selfcheck
+from fastopt.backends import cuda_attention, cuda_linear_cross_entropy, cuda_lstm, selfcheck
 from fastopt.backends.contract import (
     AttentionRequest,
     Created,
+    LinearCrossEntropyRequest,
     LstmRequest,
     ParameterRequest,
     Refusal,
@@ -132,6 +133,26 @@ class CudaBackend:
             bias_wanted,
             sinks_wanted,
         )
+
+    def supports_linear_cross_entropy(self, request: LinearCrossEntropyRequest) -> str | None:
+        """Plain tensors on a card."""
+        if self.native is None:
+            return self._absent
+        reason = cuda_linear_cross_entropy.refuse(self.native, request, self.device)
+        return reason or self._unproven("linear_cross_entropy", request.device)
+
+    def linear_cross_entropy_forward(
+        self, request: LinearCrossEntropyRequest, wanted: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss and gradients; see ``linear_cross_entropy``."""
+        return cuda_linear_cross_entropy.forward(self._usable_native(), request, wanted)
+
+    def linear_cross_entropy_backward(
+        self, request: LinearCrossEntropyRequest, gradient: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients."""
+        native = self._usable_native()
+        return cuda_linear_cross_entropy.backward(native, request, gradient, wanted)
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """Plain tensors on a card; inside a graph's capture no packed sequences."""

@@ -18,6 +18,7 @@ from fastopt import _native_cpu
 from fastopt.backends.contract import (
     AttentionRequest,
     Created,
+    LinearCrossEntropyRequest,
     LstmRequest,
     ParameterRequest,
     Refusal,
@@ -170,6 +171,10 @@ class ReferenceBackend:
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """Everything that torch's operations take."""
+        return None
+
+    def supports_linear_cross_entropy(self, request: LinearCrossEntropyRequest) -> str | None:
+        """Always None."""
         return None
 
     def plan_optimizer_step(
@@ -377,3 +382,39 @@ def dropout_factors(request: AttentionRequest, first_head: int = 0) -> Tensor:
     kept = (words.long() & 0xFFFFFFFF) >= int(request.dropout * 2**32)
     kept = kept[..., :columns].view(batch, heads, rows, columns)
     return kept.to(request.device).double() / (1 - request.dropout)
+
+
+def reference_linear_cross_entropy(request: LinearCrossEntropyRequest) -> Tensor:
+    """The loss, in double precision; autograd has its gradients."""
+    wide, smoothing = torch.float64, request.label_smoothing
+    features = [request.input.dim() - 1], [request.linear_weight.dim() - 1]
+    scores = torch.tensordot(request.input.to(wide), request.linear_weight.to(wide), features)
+    if request.linear_bias is not None:
+        scores = scores + request.linear_bias.to(wide)
+    if request.softcap:
+        scores = request.softcap * torch.tanh(scores / request.softcap)
+    classes = scores.size(1)
+    if request.target.shape == scores.shape:
+        counted = torch.ones_like(scores[:, 0])
+        shares = request.target.to(wide)
+    else:
+        is_counted = request.target != request.ignore_index
+        indices = torch.where(is_counted, request.target, 0)
+        counted = is_counted.to(wide)
+        shares = torch.nn.functional.one_hot(indices, classes).movedim(-1, 1).to(wide)
+    of_classes = torch.ones(classes, dtype=wide, device=request.device)
+    if request.weight is not None:
+        of_classes = request.weight.to(wide)
+    of_classes = of_classes.view(-1, *[1] * (scores.dim() - 2))
+    divisor = counted.sum()
+    if request.target.shape != scores.shape:
+        divisor = (shares * of_classes).sum(1).mul(counted).sum()
+    shares = ((1 - smoothing) * shares + smoothing / classes) * of_classes
+    logsumexp = scores.logsumexp(1)
+    losses = (shares * (logsumexp.unsqueeze(1) - scores)).sum(1) * counted
+    squares = request.z_loss * logsumexp**2 * counted
+    if request.reduction == "none":
+        return losses + squares
+    if request.reduction == "sum":
+        return (losses + squares).sum()
+    return losses.sum() / divisor + squares.sum() / counted.sum()

@@ -13,6 +13,7 @@ from fastopt.backends.contract import (
     AttentionRequest,
     Backend,
     Kernels,
+    LinearCrossEntropyRequest,
     LstmRequest,
     ParameterRequest,
 )
@@ -34,7 +35,7 @@ AUTO_ORDER_ELSEWHERE = ("torch",)
 # Where torch's dispatcher finds the operators that are registered with it.
 DISPATCH_KEYS = ("CPU", "CUDA")
 
-Request = ParameterRequest | LstmRequest | AttentionRequest
+Request = ParameterRequest | LstmRequest | AttentionRequest | LinearCrossEntropyRequest
 
 _in_use: ContextVar[str | None] = ContextVar("fastopt_backend", default=None)
 _logged: set[str] = set()

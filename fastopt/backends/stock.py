@@ -12,6 +12,7 @@ from fastopt.backends.contract import (
     AVERAGE,
     AttentionRequest,
     Created,
+    LinearCrossEntropyRequest,
     LstmRequest,
     ParameterRequest,
     ParamGroup,
@@ -50,6 +51,10 @@ class TorchBackend:
         causal = request.right == 0 and (square or not request.bottom_right)
         if request.left >= 0 or not (causal or request.right < 0):
             return "torch has no window and no causal mask from the bottom right"
+        return None
+
+    def supports_linear_cross_entropy(self, request: LinearCrossEntropyRequest) -> str | None:
+        """Always None: torch's operations make whatever it has no argument for."""
         return None
 
     def plan_optimizer_step(

@@ -1,4 +1,4 @@
-"""Attention as ``torch.nn.functional`` has it, and as flash-attn extends it."""
+"""Attention as ``torch.nn.functional`` has it, and as flash-attn extends it; the last layer's loss."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as torch_functional
 from fastopt.backends.contract import AttentionRequest
 from fastopt.backends.plain_tensors import autocast_dtype, can_be_read_now
 from fastopt.backends.reference import dropout_factors
+from fastopt.nn.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from fastopt.ops.attention import attention as run_attention
 from fastopt.ops.attention import with_seed
 
