@@ -61,6 +61,7 @@ def attention_backward(
     threads: int,
 ) -> None: ...
 def attention_random_words(seed: int, head: int, words: Tensor) -> None: ...
+
 class CrossEntropyRows:
     def __init__(
         self,

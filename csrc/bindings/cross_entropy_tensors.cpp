@@ -13,25 +13,14 @@ namespace fastopt {
 
 using torch_access::Description;
 
-namespace {
-
-const int64_t* indices(const Description& given, int64_t rows, int64_t classes,
-                       int64_t ignore_index, bool readable) {
-  if (given.dtype.bits != 64 || !has_sizes(given, Sizes{rows})) {
-    throw std::invalid_argument("targets must be contiguous int64 " + shape_text(Sizes{rows}) +
-                                " or probabilities");
-  }
-  const int64_t* targets = static_cast<const int64_t*>(given.data);
-  for (int64_t row = 0; readable && row < rows; ++row) {
-    const int64_t target = targets[row];
-    if (target != ignore_index && (target < 0 || target >= classes)) {
+void check_targets(const CrossEntropyCall& call) {
+  for (int64_t row = 0; call.targets && row < call.rows; ++row) {
+    const int64_t target = call.targets[row];
+    if (target != call.ignore_index && (target < 0 || target >= call.classes)) {
       throw std::invalid_argument("targets must be classes, got " + std::to_string(target));
     }
   }
-  return targets;
 }
-
-}  // namespace
 
 CrossEntropyCall cross_entropy_call(const CrossEntropyRows& given, const Place& place) {
   const Description logits = described(given.logits, "logits", place);
@@ -54,8 +43,11 @@ CrossEntropyCall cross_entropy_call(const CrossEntropyRows& given, const Place& 
   const Sizes rows{call.rows}, classes{call.classes};
   const Description targets = described(given.targets, "targets", place);
   if (targets.dtype.code == torch_access::kDLInt) {
-    const bool readable = place.device_type == torch_access::kDLCPU;
-    call.targets = indices(targets, call.rows, call.classes, call.ignore_index, readable);
+    if (targets.dtype.bits != 64 || !has_sizes(targets, rows)) {
+      throw std::invalid_argument("targets must be contiguous int64 of shape " + shape_text(rows) +
+                                  " or probabilities");
+    }
+    call.targets = static_cast<const int64_t*>(targets.data);
   } else {
     call.probabilities =
         present(given.targets, "targets", {call.rows, call.classes}, precise, place);

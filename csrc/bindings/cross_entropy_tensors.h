@@ -20,8 +20,10 @@ struct CrossEntropyRows {
 // The class CrossEntropyRows of a module.
 void export_cross_entropy_rows(pybind11::module_& module);
 
-// Throws std::invalid_argument with the name of a tensor that does not fit; on the CPU also for a
-// target that is no class.
+// Throws std::invalid_argument with the name of a tensor that does not fit.
 CrossEntropyCall cross_entropy_call(const CrossEntropyRows& given, const Place& place);
+
+// Throws std::invalid_argument for a target that is no class; reads them.
+void check_targets(const CrossEntropyCall& call);
 
 }  // namespace fastopt

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastopt.backends import linear_cross_entropy
 from fastopt.backends.contract import LinearCrossEntropyRequest
 from fastopt.backends.cuda_context import is_capturing, stream_of
-from fastopt.backends.linear_cross_entropy import Chunks
+from fastopt.backends.linear_cross_entropy import Chunks, Rows
 from fastopt.backends.linear_cross_entropy_requests import refuse_linear_cross_entropy
 from fastopt.backends.plain_tensors import DLPACK_DEVICES, REAL_DTYPES
 
@@ -30,13 +30,14 @@ def refuse(native: ModuleType, request: LinearCrossEntropyRequest, device: str) 
 
 
 def _chunks(native: ModuleType) -> Chunks:
-    def kernel(logits: Tensor, *others: Tensor | float | None) -> None:
-        device, index = logits.device, logits.device.index or 0
-        if (native, logits.dtype, index) not in _loaded:
-            native.load_cross_entropy(REAL_DTYPES.index(logits.dtype), index)
-            _loaded.add((native, logits.dtype, index))
-        rows = native.CrossEntropyRows(logits, *others)
-        native.cross_entropy(rows, DLPACK_DEVICES[device.type], index, stream_of(device))
+    def kernel(rows: Rows) -> None:
+        device, dtype = rows.logits.device, rows.logits.dtype
+        index = device.index or 0
+        if (native, dtype, index) not in _loaded:
+            native.load_cross_entropy(REAL_DTYPES.index(dtype), index)
+            _loaded.add((native, dtype, index))
+        given = native.CrossEntropyRows(*rows)
+        native.cross_entropy(given, DLPACK_DEVICES[device.type], index, stream_of(device))
 
     # 2048 rows of bf16. By count, not by measurement: a chunk moves about 16 bytes for each element
     # of the weight, and multiplies 6 * rows times; on an H100 that is 15% of the products' time.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,37 +21,36 @@ from fastopt.backends.plain_tensors import compute_dtype
 BLOCK = 4096
 
 
-class RowsKernel(Protocol):
-    """What a backend brings. Numbers beside the logits have the type of the arithmetic."""
+class Rows(NamedTuple):
+    """What a backend's kernel gets: some rows of logits.
 
-    def __call__(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        class_weights: Tensor | None,
-        loss_scale: Tensor | None,
-        z_scale: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        softcap: float,
-        losses: Tensor,
-        logsumexps: Tensor,
-    ) -> None:
-        """Writes the loss and logsumexp of each row; zeros where its target is ``ignore_index``.
+    It writes the loss and logsumexp of each row, zeros where its target is ``ignore_index``, and,
+    with ``loss_scale``, gradients in the place of the logits. Numbers beside the logits have the
+    type of the arithmetic.
 
-        Args:
-            logits: ``[rows, classes]`` with any stride between rows; with ``loss_scale`` their
-                gradients are written in their place.
-            targets: int64 ``[rows]``, or probabilities ``[rows, classes]``.
-            class_weights: ``[classes]``.
-            loss_scale: ``[rows]``: the gradient of each loss.
-            z_scale: ``[rows]``: the gradient of each squared logsumexp.
-            ignore_index: Of rows that have no part.
-            label_smoothing: As in the request.
-            softcap: As in the request.
-            losses: ``[rows]``, to be written, without the squared logsumexp.
-            logsumexps: ``[rows]``, to be written.
-        """
+    Attributes:
+        logits: ``[rows, classes]``, with any stride between rows.
+        targets: int64 ``[rows]``, or probabilities ``[rows, classes]``.
+        class_weights: ``[classes]``.
+        loss_scale: ``[rows]``: the gradient of each loss.
+        z_scale: ``[rows]``: the gradient of each squared logsumexp.
+        ignore_index: Of rows that have no part.
+        label_smoothing: As in the request.
+        softcap: As in the request.
+        losses: ``[rows]``, to be written, without the squared logsumexp.
+        logsumexps: ``[rows]``, to be written.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    class_weights: Tensor | None
+    loss_scale: Tensor | None
+    z_scale: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    softcap: float
+    losses: Tensor
+    logsumexps: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Chunks:
             are left out of the products.
     """
 
-    kernel: RowsKernel
+    kernel: Callable[[Rows], None]
     product_dtype: Callable[[torch.dtype], torch.dtype]
     bytes_per_class: int
     row_multiple: int
@@ -163,6 +162,7 @@ def _run(
     class_weights = None if request.weight is None else request.weight.to(precise).contiguous()
     width = -(-classes // chunks.row_multiple) * chunks.row_multiple
     space = input.new_empty((rows, width), dtype=products.dtype)
+    space[:, classes:].zero_()  # oneDNN reads an odd number of bf16 and one more, times zero
     for start in range(0, count, rows):
         stop = min(start + rows, count)
         here = slice(start, stop) if kept is None else kept[start:stop]
@@ -170,18 +170,23 @@ def _run(
         factor = input[here].to(products.dtype)
         products.logits(factor, logits)
         targets = request.target[here].contiguous()
-        results = logsumexps.new_empty((2, stop - start))
+        own_losses, own_sums = logsumexps.new_empty((2, stop - start))
+        loss_scale, z_scale = (None, None) if scales is None else (scale[here] for scale in scales)
         chunks.kernel(
-            logits,
-            targets.to(precise) if probabilities else targets,
-            class_weights,
-            *((None, None) if scales is None else (scale[here] for scale in scales)),
-            request.ignore_index,
-            request.label_smoothing,
-            request.softcap,
-            *results,
+            Rows(
+                logits,
+                targets.to(precise) if probabilities else targets,
+                class_weights,
+                loss_scale,
+                z_scale,
+                request.ignore_index,
+                request.label_smoothing,
+                request.softcap,
+                own_losses,
+                own_sums,
+            )
         )
-        losses[here], logsumexps[here] = results
+        losses[here], logsumexps[here] = own_losses, own_sums
         if scales is not None:
             products.add_gradients(logits, factor, here)
     return losses, logsumexps, products.gradients()
@@ -277,7 +282,5 @@ class _Products:
             self._weight_sums.zero_()
         found = []
         for sums in (self._input, self._weight_sums, self._bias_sums):
-            found.append(
-                self._weight.new_empty(0) if sums is None else sums.to(self._own_dtype)
-            )
+            found.append(self._weight.new_empty(0) if sums is None else sums.to(self._own_dtype))
         return found[0], found[1], found[2]

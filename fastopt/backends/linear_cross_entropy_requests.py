@@ -49,9 +49,10 @@ def refuse_linear_cross_entropy(request: LinearCrossEntropyRequest, device: str)
             continue
         if tensor.dtype is not wanted:
             return f"{name} has dtype {tensor.dtype} beside an input of {dtype}"
-        if not torch.compiler.is_compiling():
-            if reason := not_plain(name, tensor, device, (wanted,)):
-                return reason
+        if torch.compiler.is_compiling():
+            continue
+        if reason := not_plain(name, tensor, device, (wanted,)):
+            return reason
     for name, given in ("target", request.target), ("weight", request.weight):
         if given is not None and given.requires_grad and torch.is_grad_enabled():
             return f"the gradient of {name} is torch's"

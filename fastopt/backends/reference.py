@@ -411,8 +411,8 @@ def reference_linear_cross_entropy(request: LinearCrossEntropyRequest) -> Tensor
         divisor = (shares * of_classes).sum(1).mul(counted).sum()
     shares = ((1 - smoothing) * shares + smoothing / classes) * of_classes
     logsumexp = scores.logsumexp(1)
-    losses = (shares * (logsumexp.unsqueeze(1) - scores)).sum(1) * counted
-    squares = request.z_loss * logsumexp**2 * counted
+    losses: Tensor = (shares * (logsumexp.unsqueeze(1) - scores)).sum(1) * counted
+    squares: Tensor = request.z_loss * logsumexp**2 * counted
     if request.reduction == "none":
         return losses + squares
     if request.reduction == "sum":

@@ -1,4 +1,4 @@
-"""Attention as ``torch.nn.functional`` has it, and as flash-attn extends it; the last layer's loss."""
+"""Attention as ``torch.nn.functional`` and flash-attn have it, and the linear cross-entropy."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from torch.nn import functional as torch_functional
 from fastopt.backends import registry
 from fastopt.backends.contract import LinearCrossEntropyRequest
 from fastopt.backends.plain_tensors import autocast_dtype, transformed
-from fastopt.nn.torch_2_13 import LinearCrossEntropyOptions
 from fastopt.nn.torch_2_13 import LinearCrossEntropyLoss as StockLoss
+from fastopt.nn.torch_2_13 import LinearCrossEntropyOptions
 from fastopt.ops.linear_cross_entropy import linear_cross_entropy as run
 from fastopt.ops.linear_cross_entropy import stock_linear_cross_entropy
 
@@ -269,9 +269,7 @@ def _batched(request: LinearCrossEntropyRequest) -> LinearCrossEntropyRequest:
     )
 
 
-def _stock(
-    request: LinearCrossEntropyRequest, options: LinearCrossEntropyOptions | None
-) -> Tensor:
+def _stock(request: LinearCrossEntropyRequest, options: LinearCrossEntropyOptions | None) -> Tensor:
     """What torch makes of it, in chunks where it knows how to."""
     stock = getattr(torch_functional, "linear_cross_entropy", None)
     extras = request.softcap or request.z_loss

@@ -77,7 +77,7 @@ def _moved(
     for field in dataclasses.fields(request):
         tensor = getattr(request, field.name)
         if isinstance(tensor, Tensor):
-            changed[field.name] = tensor.to(
+            changed[field.name] = tensor.detach().to(
                 device, dtype if tensor.is_floating_point() else tensor.dtype
             )
     return dataclasses.replace(request, **changed)

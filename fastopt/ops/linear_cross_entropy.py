@@ -19,39 +19,41 @@ from fastopt.backends.reference import reference_linear_cross_entropy
 LIBRARY = torch.library.Library("fastopt", "FRAGMENT")
 
 # The fields of a LinearCrossEntropyRequest, in their order, the first ones tensors; which gradients
-# are wanted, of input, weight and bias; who runs it.
+# are wanted (no list: torch.jit.trace knows none of bools); who runs it.
 _REQUEST = (
     "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
     "str reduction, int ignore_index, float label_smoothing, float softcap, float z_loss, "
     "int chunk_rows"
 )
+_WANTED = "bool input_wanted, bool weight_wanted, bool bias_wanted"
 _NAMES = [field.name for field in dataclasses.fields(LinearCrossEntropyRequest)]
 _TENSORS = _NAMES.index("reduction")
 _DIFFERENTIABLE = tuple(map(_NAMES.index, ("input", "linear_weight", "linear_bias")))
 
 # The loss, and gradients for a loss whose own is 1: empty where not wanted.
 LIBRARY.define(
-    f"linear_cross_entropy({_REQUEST}, bool[] wanted, str backend) -> "
-    "(Tensor, Tensor, Tensor, Tensor)"
+    f"linear_cross_entropy({_REQUEST}, {_WANTED}, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    f"linear_cross_entropy_backward(Tensor gradient, {_REQUEST}, bool[] wanted, str backend) -> "
+    f"linear_cross_entropy_backward(Tensor gradient, {_REQUEST}, {_WANTED}, str backend) -> "
     "(Tensor, Tensor, Tensor)"
 )
 
 
+def _split(arguments: tuple[Any, ...]) -> tuple[LinearCrossEntropyRequest, tuple[bool, ...], str]:
+    count = len(_NAMES)
+    return LinearCrossEntropyRequest(*arguments[:count]), arguments[count:-1], arguments[-1]
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *request, wanted, backend = arguments
-    return registry.kernels(backend).linear_cross_entropy_forward(
-        LinearCrossEntropyRequest(*request), wanted
-    )
+    request, wanted, backend = _split(arguments)
+    return registry.kernels(backend).linear_cross_entropy_forward(request, wanted)
 
 
 def _backward(gradient: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *request, wanted, backend = arguments
-    return registry.kernels(backend).linear_cross_entropy_backward(
-        LinearCrossEntropyRequest(*request), gradient, wanted
-    )
+    request, wanted, backend = _split(arguments)
+    kernels = registry.kernels(backend)
+    return kernels.linear_cross_entropy_backward(request, gradient, wanted)
 
 
 for _device in registry.DISPATCH_KEYS:
@@ -63,8 +65,7 @@ for _device in registry.DISPATCH_KEYS:
     "fastopt::linear_cross_entropy", lib=LIBRARY
 )
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *fields, _, _ = arguments
-    request = LinearCrossEntropyRequest(*fields)
+    request, _, _ = _split(arguments)
     shape = request.input.shape[:1] if request.reduction == "none" else ()
     loss = request.input.new_empty(shape, dtype=compute_dtype(request.input.dtype))
     return loss, *_fake_backward(loss, *arguments)
@@ -74,8 +75,8 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     "fastopt::linear_cross_entropy_backward", lib=LIBRARY
 )
 def _fake_backward(gradient: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *fields, wanted, _ = arguments
-    leaves = [fields[place] for place in _DIFFERENTIABLE]
+    _, wanted, _ = _split(arguments)
+    leaves = [arguments[place] for place in _DIFFERENTIABLE]
     return tuple(
         empty_gradient(leaf, gradient, want) for leaf, want in zip(leaves, wanted, strict=True)
     )
@@ -85,13 +86,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.numbers = inputs[_TENSORS : len(_NAMES)]
-    ctx.formed, ctx.backend = inputs[len(_NAMES) :]
+    *ctx.formed, ctx.backend = inputs[len(_NAMES) :]
     ctx.save_for_backward(*output[1:], *inputs[:_TENSORS])
 
 
 def _gradients(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
     wanted = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
-    results: list[Tensor | None] = [None] * (len(_NAMES) + 2)
+    results: list[Tensor | None] = [None] * (len(_NAMES) + len(wanted) + 1)
     if gradient is None or not any(wanted):
         return tuple(results)
     saved = ctx.saved_tensors
@@ -107,7 +108,7 @@ def _gradients(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
         ]
     else:
         found = torch.ops.fastopt.linear_cross_entropy_backward(
-            gradient, *tensors, *ctx.numbers, wanted, ctx.backend
+            gradient, *tensors, *ctx.numbers, *wanted, ctx.backend
         )
     for place, own, want in zip(_DIFFERENTIABLE, found, wanted, strict=True):
         results[place] = own if want else None
@@ -124,8 +125,12 @@ def _scaled(own: Tensor, gradient: Tensor) -> Tensor:
 
     It may then become the parameter's gradient as it is, without a second one in memory.
     """
-    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    is_seen = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.is_functorch_wrapped_tensor(gradient)
+    )
+    if is_seen or torch._C._autograd._get_current_graph_task_keep_graph():
         return own * gradient
     if can_be_read_now(gradient) and gradient.item() == 1:
         return own
@@ -210,7 +215,7 @@ def linear_cross_entropy(
     if chosen == "reference":
         return reference_linear_cross_entropy(request).to(compute_dtype(request.input.dtype))
     loss: Tensor = torch.ops.fastopt.linear_cross_entropy(
-        *[getattr(request, name) for name in _NAMES], _formed_now(request), chosen
+        *[getattr(request, name) for name in _NAMES], *_formed_now(request), chosen
     )[0]
     return loss
 
