@@ -17,7 +17,7 @@ KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
 	tests/test_grad_norm.py tests/test_cuda_optimizers.py tests/test_activations.py \
 	tests/test_lstm_parity.py tests/test_lstm_properties.py tests/test_lstm_operator.py \
 	tests/test_attention.py tests/test_attention_sequences.py tests/test_cuda_attention.py \
-	tests/test_cuda_lstm.py
+	tests/test_cuda_lstm.py tests/test_linear_cross_entropy.py
 
 .PHONY: demo test bench gpu lint format sanitize build clean
 

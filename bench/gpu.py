@@ -43,7 +43,8 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
     build = {"FASTOPT_HOST_SIM": "1"} if simulate else {"FASTOPT_CUDA": "on", **_archs()}
     parity = ["tests/test_cuda_optimizers.py", "tests/test_cuda_device.py"]
     activations = ["tests/test_cuda_attention.py", "tests/test_cuda_lstm.py"]
-    shared = ["tests/test_attention.py", "tests/test_attention_sequences.py", "-k", "cuda"]
+    shared = ["tests/test_attention.py", "tests/test_attention_sequences.py"]
+    shared += ["tests/test_linear_cross_entropy.py", "-k", "cuda"]
     result = [
         Stage("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 240, build),
         Stage("parity on the card", [*pytest, *parity], 150, card),

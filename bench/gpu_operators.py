@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 
-from bench import attention_contenders, lstm_contenders, optimizer_contenders
+from bench import (
+    attention_contenders,
+    linear_cross_entropy_contenders,
+    lstm_contenders,
+    optimizer_contenders,
+)
 from bench.attention_cases import GPU_ATTENTION_CASES
 from bench.cases import Case
+from bench.linear_cross_entropy_cases import GPU_LINEAR_CROSS_ENTROPY_CASES
 from bench.lstm_cases import GPU_LSTM_CASES
 from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION
 from bench.timing import OURS, Contender, Timing, interleaved
@@ -91,6 +97,15 @@ OPERATORS = (
         attention_contenders.check_parity,
         attention_contenders.clipped,
         attention_contenders.GPU_PEERS,
+        "TFLOP/s",
+        _teraflops,
+    ),
+    GpuOperator(
+        GPU_LINEAR_CROSS_ENTROPY_CASES,
+        linear_cross_entropy_contenders.linear_cross_entropy_contenders,
+        linear_cross_entropy_contenders.check_parity,
+        linear_cross_entropy_contenders.clipped,
+        linear_cross_entropy_contenders.STOCK,
         "TFLOP/s",
         _teraflops,
     ),

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bench import attention_contenders, lstm_contenders, optimizer_contenders, probes
+from bench import (
+    attention_contenders,
+    linear_cross_entropy_contenders,
+    lstm_contenders,
+    optimizer_contenders,
+    probes,
+)
 from bench.attention_cases import ATTENTION_CASES
 from bench.cases import Case, ComputeCase
+from bench.linear_cross_entropy_cases import CHUNKED, LINEAR_CROSS_ENTROPY_CASES
 from bench.lstm_cases import LSTM_CASES
 from bench.optimizer_cases import OPTIMIZER_CASES
 from bench.results import Process
@@ -143,7 +150,33 @@ ATTENTION = _compute_operator(
     ATTENTION_CASES, attention_contenders, attention_contenders.attention_contenders, MEBIBYTES
 )
 
-OPERATORS = (OPTIMIZERS, LSTM, ATTENTION)
+
+def _linear_cross_entropy_figures(case: ComputeCase) -> dict[str, float]:
+    """Beside the others, memory over that of torch in chunks."""
+    figures = _compute_figures(case)
+    if CHUNKED in linear_cross_entropy_contenders.named(case) and case.mode == "training":
+        chunked = probes.memory_growths(case.name, CHUNKED)
+        figures |= {} if chunked is None else {"memory over chunked": chunked["memory"]}
+    return figures
+
+
+LINEAR_CROSS_ENTROPY = replace(
+    _compute_operator(
+        LINEAR_CROSS_ENTROPY_CASES,
+        linear_cross_entropy_contenders,
+        linear_cross_entropy_contenders.linear_cross_entropy_contenders,
+        Column(
+            "memory over chunked",
+            lambda case, process: process["figures"].get("memory over chunked"),
+            max,
+            ".2f",
+        ),
+        MEBIBYTES,
+    ),
+    figures=_linear_cross_entropy_figures,
+)
+
+OPERATORS = (OPTIMIZERS, LSTM, ATTENTION, LINEAR_CROSS_ENTROPY)
 
 
 def find(case_name: str) -> tuple[Operator, Case]:

@@ -27,15 +27,15 @@ def fma_peak(dtype: torch.dtype, threads: int) -> float:
     return single / 2 if dtype is torch.float64 else single
 
 
-def memory_growths(case_name: str) -> dict[str, float] | None:
+def memory_growths(case_name: str, stock: str = "torch default") -> dict[str, float] | None:
     """Our growth of resident memory in one call, and over stock's; none where that is too small.
 
     Each is measured in a fresh process: memory that was freed is not always given back.
     """
-    ours, stock = (_growth_in_process(case_name, name) for name in (OURS, "torch default"))
-    if stock < LEAST_GROWTH:
+    ours, theirs = (_growth_in_process(case_name, name) for name in (OURS, stock))
+    if theirs < LEAST_GROWTH:
         return None
-    return {"memory": ours / stock, "mebibytes": ours / 2**20}
+    return {"memory": ours / theirs, "mebibytes": ours / 2**20}
 
 
 def _growth_in_process(case_name: str, contender: str) -> int:

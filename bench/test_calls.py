@@ -1,4 +1,4 @@
-"""Cases of LSTM and attention under pytest-benchmark, for ``make bench``: ours beside torch's."""
+"""Cases that multiply matrices under pytest-benchmark, for ``make bench``: ours beside torch's."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bench.cases import ComputeCase
-from bench.operators import ATTENTION, LSTM, Operator
+from bench.operators import ATTENTION, LINEAR_CROSS_ENTROPY, LSTM, Operator
 from bench.timing import OURS
 
 SMALL = {
     case.name: (operator, case)
-    for operator in (LSTM, ATTENTION)
+    for operator in (LSTM, ATTENTION, LINEAR_CROSS_ENTROPY)
     for case in operator.cases
     if isinstance(case, ComputeCase) and case.flops <= 30e9
 }

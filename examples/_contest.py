@@ -43,7 +43,7 @@ class Contender:
     optimizer: Callable[..., Optimizer]
     flags: dict[str, Any] = field(default_factory=dict)
     tail: Callable[..., Tail] = StockTail
-    part: Callable[..., Any] = nn.LSTM  # the model's recurrent layer, or its attention
+    part: Any = nn.LSTM  # the model's recurrent layer, or the parts of a transformer
 
 
 @dataclass(frozen=True)

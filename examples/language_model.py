@@ -5,8 +5,9 @@
     python examples/language_model.py --data *.txt       # your own files, UTF-8
 
 The data are the standard library's help topics and modules; nothing is downloaded. Stock as most
-people write it, stock at its best, fastopt's AdamW, fastopt's attention and both see the same
-batches in turns. At the end the model writes, with a key-value cache, through either attention.
+people write it, stock at its best, fastopt's AdamW, fastopt's attention, and both with fastopt's
+last layer see the same batches in turns. At the end the model writes, with a key-value cache,
+through either attention.
 """
 
 from __future__ import annotations
@@ -37,16 +38,33 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as stock_attention
 
 from fastopt import optim
+from fastopt.nn.functional import linear_cross_entropy
 from fastopt.nn.functional import scaled_dot_product_attention as fast_attention
 
 Attention = Callable[..., Tensor]
 
+
+def stock_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Torch 2.13 calls it linear_cross_entropy, too."""
+    return nn.functional.cross_entropy(nn.functional.linear(states, weight), targets)
+
+
+class Parts(NamedTuple):
+    """What a model is made of besides torch's layers."""
+
+    attention: Attention
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]  # of states, weight and targets
+
+
+STOCK_PARTS = Parts(stock_attention, stock_loss)
+ATTENTION_ALONE = Parts(fast_attention, stock_loss)
+FAST_PARTS = Parts(fast_attention, linear_cross_entropy)
 CONTENDERS = (
-    Contender("stock", torch.optim.AdamW, part=stock_attention),
-    Contender("stock, fused", torch.optim.AdamW, {"fused": True}, part=stock_attention),
-    Contender("fastopt optimizer", optim.AdamW, tail=FusedTail, part=stock_attention),
-    Contender("fastopt attention", torch.optim.AdamW, {"fused": True}, part=fast_attention),
-    Contender("fastopt", optim.AdamW, tail=FusedTail, part=fast_attention),
+    Contender("stock", torch.optim.AdamW, part=STOCK_PARTS),
+    Contender("stock, fused", torch.optim.AdamW, {"fused": True}, part=STOCK_PARTS),
+    Contender("fastopt optimizer", optim.AdamW, tail=FusedTail, part=STOCK_PARTS),
+    Contender("fastopt attention", torch.optim.AdamW, {"fused": True}, part=ATTENTION_ALONE),
+    Contender("fastopt", optim.AdamW, tail=FusedTail, part=FAST_PARTS),
 )
 STOCK = ("stock", "stock, fused")
 END = "<|end|>"  # of a document
@@ -148,29 +166,38 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A transformer that guesses the next token, its embedding used at both ends."""
 
-    def __init__(self, settings: Settings, vocabulary: int, attention: Attention) -> None:
+    def __init__(self, settings: Settings, vocabulary: int, parts: Parts) -> None:
         super().__init__()
         self.settings = settings
+        self.loss_of = parts.loss
         self.embedding = nn.Embedding(vocabulary, settings.width)
         self.positions = nn.Embedding(settings.context, settings.width)
-        self.blocks = nn.ModuleList(Block(settings, attention) for _ in range(settings.layers))
+        self.blocks = nn.ModuleList(
+            Block(settings, parts.attention) for _ in range(settings.layers)
+        )
         self.norm = nn.LayerNorm(settings.width)
         self.dropout = nn.Dropout(settings.dropout)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
-        """Maps tokens [batch, tokens] to logits [batch, tokens, vocabulary]."""
+    def states(self, tokens: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+        """Maps tokens [batch, tokens] to what logits are made of, [batch, tokens, width]."""
         first = caches[0].length if caches else 0
         places = torch.arange(first, first + tokens.size(1))
         states = self.dropout(self.embedding(tokens) + self.positions(places))
         for number, block in enumerate(self.blocks):
             states = block(states, caches[number] if caches else None)
-        return nn.functional.linear(self.norm(states), self.embedding.weight)
+        normed: Tensor = self.norm(states)
+        return normed
+
+    def forward(self, tokens: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+        """Maps tokens [batch, tokens] to logits [batch, tokens, vocabulary]."""
+        return nn.functional.linear(self.states(tokens, caches), self.embedding.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        states = self.states(tokens).flatten(0, 1)
+        return self.loss_of(states, self.embedding.weight, targets.flatten())
 
     def use(self, attention: Attention) -> None:
         for block in self.blocks:

@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention_contenders, lstm_contenders, report, results
+from bench import (
+    attention_contenders,
+    linear_cross_entropy_contenders,
+    lstm_contenders,
+    report,
+    results,
+)
 from bench.attention_cases import ATTENTION_CASES, AttentionCase
+from bench.linear_cross_entropy_cases import LINEAR_CROSS_ENTROPY_CASES, LinearCrossEntropyCase
 from bench.lstm_cases import LSTM_CASES, LSTMCase
 from bench.operators import LSTM, OPERATORS, OPTIMIZERS, Operator
 from bench.optimizer_cases import GPT2
@@ -53,6 +60,18 @@ def test_every_case_is_right_before_it_is_timed(operator: Operator, case: Any) -
 def test_every_attention_contender_does_the_whole_call(case: AttentionCase) -> None:
     small = attention_contenders.clipped(case)
     for contender in attention_contenders.attention_contenders(small).values():
+        contender.prepare()
+        contender.call()
+
+
+@pytest.mark.parametrize("case", LINEAR_CROSS_ENTROPY_CASES, ids=lambda case: case.name)
+def test_every_linear_cross_entropy_contender_does_the_whole_call(
+    case: LinearCrossEntropyCase,
+) -> None:
+    small = linear_cross_entropy_contenders.clipped(case)
+    for contender in linear_cross_entropy_contenders.linear_cross_entropy_contenders(
+        small
+    ).values():
         contender.prepare()
         contender.call()
 

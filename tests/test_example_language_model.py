@@ -24,7 +24,7 @@ def library():
 
 @pytest.mark.parametrize("attention", [stock_attention, scaled_dot_product_attention])
 def test_a_cache_changes_no_logits(attention):
-    model = language_model.LanguageModel(SETTINGS, 50, attention).eval()
+    model = language_model.LanguageModel(SETTINGS, 50, language_model.Parts(attention, None)).eval()
     tokens = torch.randint(50, (1, 24))
     with torch.no_grad():
         expected = model(tokens)
@@ -35,7 +35,7 @@ def test_a_cache_changes_no_logits(attention):
 
 
 def test_writing_stops_at_the_context_and_hangs_on_the_seed():
-    model = language_model.LanguageModel(SETTINGS, 50, scaled_dot_product_attention)
+    model = language_model.LanguageModel(SETTINGS, 50, language_model.STOCK_PARTS)
     written = model.write([1, 2, 3], 100, 1.0, seed=0)
     assert len(written) == SETTINGS.context and written[:3] == [1, 2, 3]
     assert model.write([1, 2, 3], 100, 1.0, seed=0) == written

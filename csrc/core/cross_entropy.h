@@ -30,6 +30,14 @@ struct CrossEntropyCall {
 
 FASTOPT_BEGIN_NAMESPACE
 
+// Constants: device code may not call what gives them.
+template <class T>
+struct NumbersOf {
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  static constexpr T kSmallest = std::numeric_limits<T>::min();  // that is normal
+  static constexpr T kLargest = std::numeric_limits<T>::max();
+};
+
 // With the logits z of a row,
 //   s_c = softcap * tanh(z_c / softcap), or z_c without a cap,
 //   q_c = weight_c * ((1 - label_smoothing) * p_c + label_smoothing / classes),
@@ -83,15 +91,15 @@ struct CrossEntropyRule {
   // No cap has none, and one that is so far away that it does not matter.
   HOST_DEVICE static bool has_reciprocal(double cap) {
     const double reciprocal = 1 / cap;
-    return reciprocal >= static_cast<double>(std::numeric_limits<T>::min()) &&
-           reciprocal <= static_cast<double>(std::numeric_limits<T>::max());
+    return reciprocal >= static_cast<double>(NumbersOf<T>::kSmallest) &&
+           reciprocal <= static_cast<double>(NumbersOf<T>::kLargest);
   }
 };
 
 // What is gathered of a row on the way to its loss.
 template <class T>
 struct RowSums {
-  T largest = -std::numeric_limits<T>::infinity();
+  T largest = -NumbersOf<T>::kInfinity;
   T exponentials = 0;  // sum of e^(s_c - largest)
   T shares = 0;        // sum of q_c
   T scores = 0;        // sum of q_c * (s_c - a shift that the whole row has)
@@ -116,7 +124,7 @@ struct RowSums {
 // A logit that sums of scores are counted from: they do not cancel where all logits are large.
 template <class T>
 HOST_DEVICE T score_shift(T first_score) {
-  return magnitude(first_score) < std::numeric_limits<T>::infinity() ? first_score : T(0);
+  return magnitude(first_score) < NumbersOf<T>::kInfinity ? first_score : T(0);
 }
 
 // Loss and logsumexp of a row, and what the gradients of its logits have in common.

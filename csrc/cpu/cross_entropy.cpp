@@ -104,7 +104,7 @@ class RowPass {
           of_scores.add((score - shift) * share);
         }
       });
-      if (sums.largest != -std::numeric_limits<T>::infinity()) {
+      if (sums.largest != -NumbersOf<T>::kInfinity) {
         sums.exponentials += exponentials.total();
       }
     }
@@ -114,8 +114,8 @@ class RowPass {
   }
 
   HOST_DEVICE static T largest_of(const Storage* block, int64_t size) {
-    Vec<T> lanes = Vec<T>{} + -std::numeric_limits<T>::infinity();
-    T rest = -std::numeric_limits<T>::infinity();
+    Vec<T> lanes = Vec<T>{} + -NumbersOf<T>::kInfinity;
+    T rest = -NumbersOf<T>::kInfinity;
     for_each_lanes<T>(size, [&](int64_t i, auto kind) {
       using V = decltype(kind);
       const V values = load_as<V>(block + i);

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(const CrossEntr
       largest = maximum(largest, scores[lane]);
     }
     if (!(largest <= sums.largest)) sums.raise(largest);
-    const bool is_seen = largest != -std::numeric_limits<T>::infinity();
+    const bool is_seen = largest != -NumbersOf<T>::kInfinity;
 #pragma unroll
     for (int lane = 0; lane < kN; ++lane) {
       if (lane < range.begin || lane >= range.end) continue;
