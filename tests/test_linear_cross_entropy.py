@@ -245,8 +245,7 @@ def test_on_a_card_a_row_whose_target_is_no_class_is_nan(card: Any) -> None:  # 
     assert torch.equal(gradient.isnan().all(1), expected)
 
 
-@pytest.mark.parametrize("name", ["plain", "several chunks", "everything"])
-def test_bits_of_losses_do_not_depend_on_the_threads(name: str) -> None:
+def test_bits_of_losses_do_not_depend_on_the_threads() -> None:
     logits = torch.randn(60, 700)
     target = torch.randint(700, (60,))
     target[::5] = -100
