@@ -56,6 +56,7 @@ CPU_SOURCES = [
     "csrc/cpu/threads.cpp",
     "csrc/bindings/gradient_list.cpp",
     "csrc/bindings/optimizer_plan.cpp",
+    "csrc/bindings/triton_plan.cpp",
     "csrc/bindings/lstm_calls.cpp",
     "csrc/bindings/attention_calls.cpp",
     "csrc/bindings/cross_entropy_calls.cpp",
@@ -85,6 +86,7 @@ SHARED_SOURCES = [
     "csrc/bindings/cross_entropy_tensors.cpp",
     "csrc/bindings/group_rules.cpp",
     "csrc/bindings/step_plan.cpp",
+    "csrc/bindings/card_plan.cpp",
 ]
 SIMULATOR_SOURCES = sorted(
     str(path.relative_to(ROOT)) for path in Path(ROOT, "csrc/host_sim").glob("*.cpp")

@@ -40,29 +40,35 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
     """Everything, in order."""
     python, pytest = [sys.executable], [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     card = {} if simulate else {"FASTOPT_TEST_DEVICE": "cuda"}
+    interpreter = {"TRITON_INTERPRET": "1"} if simulate else {}
     build = {"FASTOPT_HOST_SIM": "1"} if simulate else {"FASTOPT_CUDA": "on", **_archs()}
-    parity = ["tests/test_cuda_optimizers.py", "tests/test_cuda_device.py"]
-    activations = ["tests/test_cuda_attention.py", "tests/test_cuda_lstm.py"]
-    shared = ["tests/test_attention.py", "tests/test_attention_sequences.py"]
-    shared += ["tests/test_linear_cross_entropy.py", "-k", "cuda"]
+    not_triton = ["-k", "not triton"]
+    parity = _files("card_optimizers", "cuda_device") + not_triton
+    activations = _files("card_attention", "card_lstm", "cuda_lstm") + not_triton
+    both = ("attention", "attention_sequences", "linear_cross_entropy")
+    shared = _files(*both) + ["-k", "cuda"]
+    triton = _files("card_optimizers", "card_attention", "card_lstm", "triton_lstm", *both)
+    triton += ["-k", "triton"]
     result = [
         Stage("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 240, build),
         Stage("parity on the card", [*pytest, *parity], 150, card),
         Stage("parity of LSTM and attention", [*pytest, *activations], 200, card),
+        Stage("parity of Triton's kernels", [*pytest, *triton], 200, card),
         Stage("parity of shared cases", [*pytest, *shared], 120, card),
         Stage(
             "benchmark",
             [*python, "-m", "bench.gpu", "--figures", str(figures)]
             + (["--simulate"] if simulate else []),
             200,
+            interpreter,
         ),
         Stage("self-check", [*python, "-m", "fastopt", "selfcheck"], 60),
     ]
     if simulate:
         return result
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    some = ["tests/test_cuda_optimizers.py", "-k", "any_layout or norm_types"]
-    kernels = ["tests/test_cuda_attention.py", "tests/test_cuda_lstm.py", "-k", "each_kernel"]
+    some = ["tests/test_card_optimizers.py", "-k", "any_layout or norm_types"]
+    kernels = ["tests/test_card_attention.py", "tests/test_cuda_lstm.py", "-k", "each_kernel"]
     for tool, chosen in ("memcheck", some), ("memcheck", kernels), ("racecheck", kernels):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest, *chosen]
         result.append(Stage(f"{tool}, {Path(chosen[0]).stem}", command, 150, card))
@@ -73,6 +79,10 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
         quick = ["-m", "bench", "--quick", "--processes", "1", "--only", "AdamW, 1"]
         result.append(Stage(f"CPU benchmark, {isa}", [*python, *quick], 60, environment))
     return result
+
+
+def _files(*names: str) -> list[str]:
+    return [f"tests/test_{name}.py" for name in names]
 
 
 def _archs() -> dict[str, str]:
@@ -157,11 +167,16 @@ def measure(simulate: bool, path: Path) -> None:
     from bench.gpu_operators import OPERATORS, simulated_card
     from bench.gpu_operators import measure as measure_operator
     from bench.results import machine, provenance
+    from fastopt.backends.triton import launch
 
     synchronize = (lambda: None) if simulate else torch.cuda.synchronize
     card = "the host simulator" if simulate else torch.cuda.get_device_name()
+    capability = 0 if simulate else launch.capability(torch.device("cuda"))
     cases: dict[str, Any] = {}
-    result = {"machine": {**machine(), **provenance(), "card": card}, "cases": cases}
+    result = {
+        "machine": {**machine(), **provenance(), "card": card, "capability": capability},
+        "cases": cases,
+    }
     with simulated_card() if simulate else contextlib.nullcontext():
         for operator in OPERATORS:
             for name, timings in measure_operator(operator, synchronize, simulate=simulate):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -19,12 +20,13 @@ from bench.attention_cases import GPU_ATTENTION_CASES
 from bench.cases import Case
 from bench.linear_cross_entropy_cases import GPU_LINEAR_CROSS_ENTROPY_CASES
 from bench.lstm_cases import GPU_LSTM_CASES
-from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION
+from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION, OptimizerCase
 from bench.timing import OURS, Contender, Timing, interleaved
 from fastopt import use_backend
 from fastopt.backends.cuda_context import tf32_products
 
 COPY_PROBE = "copy_ of 100M"
+TRITON = "fastopt, Triton"
 Figures = Mapping[str, Mapping[str, Any]]  # timings of the contenders of a case, by name
 
 
@@ -33,6 +35,7 @@ class GpuOperator:
     """One table.
 
     Attributes:
+        name: The operator's.
         cases: Its rows.
         contenders: What is timed, ours under the name ``OURS``.
         check_parity: Raises before a case is timed that gives wrong numbers.
@@ -42,6 +45,7 @@ class GpuOperator:
         of_limit: That figure, from a case and its timings.
     """
 
+    name: str
     cases: tuple[Any, ...]
     contenders: Callable[[Any], dict[str, Contender]]
     check_parity: Callable[[Any], None]
@@ -74,6 +78,7 @@ def _teraflops(case: Any, timings: Figures) -> str:
 
 OPERATORS = (
     GpuOperator(
+        "optimizer_step",
         GPU_CASES,
         _optimizer_contenders,
         optimizer_contenders.check_parity,
@@ -83,6 +88,7 @@ OPERATORS = (
         _of_copy,
     ),
     GpuOperator(
+        "lstm",
         GPU_LSTM_CASES,
         lstm_contenders.lstm_contenders,
         lstm_contenders.check_parity,
@@ -92,6 +98,7 @@ OPERATORS = (
         _teraflops,
     ),
     GpuOperator(
+        "attention",
         GPU_ATTENTION_CASES,
         attention_contenders.gpu_attention_contenders,
         attention_contenders.check_parity,
@@ -101,6 +108,7 @@ OPERATORS = (
         _teraflops,
     ),
     GpuOperator(
+        "linear_cross_entropy",
         GPU_LINEAR_CROSS_ENTROPY_CASES,
         linear_cross_entropy_contenders.linear_cross_entropy_contenders,
         linear_cross_entropy_contenders.check_parity,
@@ -124,24 +132,35 @@ def measure(
         tf32 = getattr(case, "tf32", False)
         # Stock's LSTM has a switch of its own, which is on.
         stock_flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32)
-        with use_backend("cuda"), tf32_products(tf32), stock_flags:
-            operator.check_parity(case)
-            timed: dict[str, Contender] = {}
-            for name, contender in operator.contenders(case).items():
-                own = Contender(
-                    _then(contender.call, synchronize), _then(contender.prepare, synchronize)
-                )
-                if name == OURS or _runs(own):
-                    timed[name] = own
+        with tf32_products(tf32), stock_flags:
+            timed = {}
+            for backend, ours in ("cuda", OURS), ("triton", TRITON):
+                if isinstance(case, OptimizerCase):  # an optimizer's own backend goes before
+                    case = dataclasses.replace(case, backend=backend)
+                with use_backend(backend):
+                    operator.check_parity(case)
+                    there = operator.contenders(case)
+                for name, contender in there.items():
+                    own = _on(backend, contender, synchronize)
+                    if name == OURS:
+                        timed[ours] = own
+                    elif backend == "cuda" and _runs(own):
+                        timed[name] = own
             yield case.name, interleaved(timed, case.rounds)
 
 
-def _then(call: Callable[[], object], after: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        call()
-        after()
+def _on(backend: str, contender: Contender, synchronize: Callable[[], None]) -> Contender:
+    """A contender on a backend of ours, where it is ours; each call is waited for."""
 
-    return run
+    def finished(call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            with use_backend(backend):
+                call()
+            synchronize()
+
+        return run
+
+    return Contender(finished(contender.call), finished(contender.prepare))
 
 
 def _runs(contender: Contender) -> bool:
@@ -164,7 +183,7 @@ def bars_of(case: Case) -> str:
 
 def table(operator: GpuOperator, cases: Mapping[str, Figures]) -> list[str]:
     """Lines of Markdown; "not yet measured" where no card has produced a figure."""
-    peers = operator.peers
+    peers = (TRITON, *operator.peers)
     lines = [
         f"| case | fastopt, ms | {' | '.join(peers)} | {operator.limit} | bars |",
         "|" + "---|" * (len(peers) + 4),
@@ -184,14 +203,15 @@ def table(operator: GpuOperator, cases: Mapping[str, Figures]) -> list[str]:
 
 @contextmanager
 def simulated_card() -> Iterator[None]:
-    """Puts the host simulator behind the backend ``cuda``."""
+    """Puts the host simulator behind the backend ``cuda``, Triton's interpreter behind ``triton``.
+
+    The interpreter needs TRITON_INTERPRET=1 before the first kernel is defined.
+    """
     from fastopt import _native_cuda_sim as simulator  # type: ignore[attr-defined]
     from fastopt.backends import registry
     from fastopt.backends.cuda import CudaBackend
+    from fastopt.backends.triton.backend import TritonBackend
 
-    before = registry.BACKENDS["cuda"]
-    registry.BACKENDS["cuda"] = CudaBackend(simulator, "cpu")
-    try:
+    simulated = {"cuda": CudaBackend(simulator, "cpu"), "triton": TritonBackend("cpu")}
+    with mock.patch.dict(registry.BACKENDS, simulated):
         yield
-    finally:
-        registry.BACKENDS["cuda"] = before

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import results
+from bench import measured_table, results
 from bench.cases import BEST_OF_STOCK, Case
 from bench.gpu import gpu_table
 from bench.operators import OPERATORS, Operator
 from bench.results import ROOT, Measured, Result
+from bench.support import support_table
 from bench.timing import OURS
-
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,10 @@ def gpu_results() -> list[Path]:
 
 
 def render() -> None:
-    """Writes tables and pictures of every committed result into the README."""
+    """Writes what backends take, and tables and pictures of committed results, into the README.
+
+    Which backend a card runs fastest goes to where ``auto`` looks it up.
+    """
     parts = []
     for path in committed_results():
         result = results.load(path)
@@ -197,8 +199,14 @@ def render() -> None:
     on_cards = [json.loads(path.read_text()) for path in gpu_results()]
     for card in on_cards or [None]:
         parts += [gpu_table(card), ""]
+    measured_table.write(on_cards)
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text("\n".join([before + BEGIN, "", *parts]) + END + after)
+    text = _between("bench", "\n".join(parts), readme.read_text())
+    readme.write_text(_between("support", support_table() + "\n", text))
+
+
+def _between(name: str, part: str, text: str) -> str:
+    """The text with a part of it replaced, which stands between marks of a name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{part}{end}{rest.split(end)[1]}"

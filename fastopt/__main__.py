@@ -15,8 +15,9 @@ import fastopt
 from fastopt import _native_cpu
 from fastopt.backends import selfcheck
 from fastopt.backends.cpu import MISSING_IN_TORCH
-from fastopt.backends.cuda import CUDA, CudaBackend
+from fastopt.backends.cuda import CUDA
 from fastopt.backends.registry import BACKENDS, requested
+from fastopt.backends.triton.backend import TRITON
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,25 +35,26 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("selfcheck", help="compare the kernels of each card with torch's, now")
     command = parser.parse_args(arguments).command
     if command == "selfcheck":
-        return print_selfcheck(CUDA)
+        return max([print_selfcheck(backend) for backend in (CUDA, TRITON)])
     for name, value in info():
         print(f"{name:<24}{value}")
     return 0
 
 
-def print_selfcheck(backend: CudaBackend) -> int:
-    """Runs every family's check on every card and prints a table.
+def print_selfcheck(backend: selfcheck.CheckedBackend) -> int:
+    """Runs every family's check of a backend on every card and prints a table.
 
     Returns:
         1 where a case failed, otherwise 0.
     """
     if backend.missing:
-        print(f"no card to check: {backend.missing}")
+        print(f"backend {backend.name!r}: no card to check: {backend.missing}")
         return 0
     count = torch.cuda.device_count() if backend.device == "cuda" else 1
     status = 0
     for index in range(count):
         device = torch.device(backend.device, index)
+        print(f"{'backend':<24}{backend.name}")
         for name, value in backend.identity(device).items():
             print(f"{name:<24}{value}")
         for family in selfcheck.families():

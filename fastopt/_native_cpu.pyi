@@ -7,6 +7,7 @@ from torch import Tensor
 instruction_set: str
 instruction_sets: tuple[str, ...]
 update_rules: dict[str, tuple[int, int]]
+chunk: int
 
 def initialise(torch: ModuleType) -> str: ...
 def are_plain(tensors: list[Tensor | None], device_type: int) -> bool: ...
@@ -102,6 +103,31 @@ class OptimizerPlan:
     def run(
         self, rules: tuple[Any, ...], tail: tuple[float, float, bool, float], threads: int
     ) -> list[Tensor]: ...
+    def release(self) -> None: ...
+
+class TritonPlan:
+    def __init__(
+        self,
+        state: dict[Any, Any],
+        groups: Sequence[Sequence[tuple[Any, ...]]],
+        device_type: int,
+        device_index: int,
+        counts_here_on_host: bool,
+    ) -> None: ...
+    table_bytes: int
+    table_version: int
+    functor_bytes: int
+    chunk_count: int
+    def collect(
+        self, param_groups: list[dict[str, Any]], state: dict[Any, Any], writing: bool
+    ) -> list[tuple[int, int, str, bool]] | None: ...
+    def gradients(self) -> list[Tensor]: ...
+    def table(self, address: int) -> bytes: ...
+    def measure(self, table: int) -> list[tuple[int, int, int]]: ...
+    def run(
+        self, rules: tuple[Any, ...], tail: tuple[Any, ...], table: int, functors: int
+    ) -> tuple[list[Tensor], list[tuple[str, int, int, int, int, int]]]: ...
+    def records(self) -> memoryview: ...
     def release(self) -> None: ...
 
 class GradientList:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 update_rules: dict[str, tuple[int, int]]
 toolkit_version: int
-functor_bytes: int
 
 def unavailable() -> str: ...
 def driver_version() -> int: ...
@@ -168,7 +167,7 @@ class OptimizerPlan:
     ) -> None: ...
     table_bytes: int
     table_version: int
-    task_count: int
+    functor_bytes: int
     chunk_count: int
     def collect(
         self, param_groups: list[dict[str, Any]], state: dict[Any, Any], writing: bool

@@ -12,7 +12,7 @@ import torch
 
 import fastopt
 from fastopt import optim
-from fastopt.backends import registry
+from fastopt.backends import measured, registry
 
 
 def with_gradient(shape: tuple[int, ...] = (4,), **options: object) -> torch.nn.Parameter:
@@ -57,7 +57,8 @@ def test_the_choice_takes_effect_between_two_steps() -> None:
 
 def test_unknown_names_say_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = (
-        r"backend must be one of \['auto', 'cpu', 'cuda', 'torch', 'reference'\], got 'cuda9'"
+        r"backend must be one of \['auto', 'cpu', 'cuda', 'triton', 'torch', 'reference'\], got "
+        r"'cuda9'"
     )
     with pytest.raises(ValueError, match=expected), fastopt.use_backend("cuda9"):
         raise AssertionError("the block must not run")
@@ -128,9 +129,59 @@ def test_explain_reasons() -> None:
         assert row.backend == "torch" and text in row.reasons["cpu"]
 
 
-def test_explain_refuses_other_optimizers() -> None:
-    with pytest.raises(TypeError, match=r"must be one of fastopt\.optim's, got Adagrad"):
+def test_explain_refuses_other_optimizers_and_arguments_beside_one() -> None:
+    with pytest.raises(TypeError, match=r"an optimizer of fastopt\.optim or .*, got Adagrad"):
         fastopt.explain(torch.optim.Adagrad([with_gradient()]))
+    with pytest.raises(TypeError, match="no further arguments"):
+        fastopt.explain(optim.SGD([with_gradient()]), 1)
+
+
+def test_explain_calls_a_module_and_tells_of_every_operator() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = fastopt.nn.LSTM(3, 4)
+            self.attention = fastopt.nn.MultiheadAttention(4, 2)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            output, _ = self.lstm(input)
+            return self.attention(output, output, output)[0]
+
+    explanation = fastopt.explain(Model(), torch.randn(5, 2, 3))
+    assert [call.backend for call in explanation.calls] == ["cpu", "cpu"]
+    first, second = str(explanation).splitlines()[1:]
+    assert first == "run an LSTM over input of shape [5, 2, 3], torch.float32 on cpu: cpu"
+    assert second.startswith("run an attention of queries of shape [")
+    with fastopt.use_backend("torch"):
+        explanation = fastopt.explain(Model(), input=torch.randn(5, 2, 3))
+    assert explanation.requested == "torch"
+    assert [call.backend for call in explanation.calls] == ["torch", "torch"]
+
+
+def test_explain_gives_the_reason_of_a_call() -> None:
+    query = torch.randn(1, 2, 3, 4).to(torch.float64)
+    (call,) = fastopt.explain(
+        lambda: torch.func.vmap(fastopt.nn.functional.scaled_dot_product_attention)(
+            query, query, query
+        )
+    ).calls
+    assert call.backend == "torch" and call.reasons == {"cpu": "a torch.func transform is active"}
+
+
+def test_auto_asks_first_who_was_measured_to_be_the_fastest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class OnCard:
+        operator, dtype, device = "attention", torch.bfloat16, torch.device("cuda")
+
+    monkeypatch.setattr(measured, "_capability", lambda device: 90)
+    assert registry._allowed(OnCard(), "auto") == ("cuda", "triton", "torch")
+    table = {("attention", "torch.bfloat16", 90): "triton"}
+    monkeypatch.setattr(measured, "FASTEST", table)
+    assert registry._allowed(OnCard(), "auto") == ("triton", "cuda", "torch")
+    assert registry._allowed(OnCard(), "cuda") == ("cuda",)
+    monkeypatch.setattr(measured, "_capability", lambda device: 80)
+    assert registry._allowed(OnCard(), "auto") == ("cuda", "triton", "torch")
 
 
 def test_a_fall_through_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

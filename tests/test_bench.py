@@ -13,10 +13,13 @@ import torch
 
 from bench import (
     attention_contenders,
+    gpu_operators,
     linear_cross_entropy_contenders,
     lstm_contenders,
+    measured_table,
     report,
     results,
+    support,
 )
 from bench.attention_cases import ATTENTION_CASES, AttentionCase
 from bench.linear_cross_entropy_cases import LINEAR_CROSS_ENTROPY_CASES, LinearCrossEntropyCase
@@ -24,6 +27,7 @@ from bench.lstm_cases import LSTM_CASES, LSTMCase
 from bench.operators import LSTM, OPERATORS, OPTIMIZERS, Operator
 from bench.optimizer_cases import GPT2
 from bench.timing import OURS, Contender, interleaved
+from fastopt.backends.measured_table import FASTEST
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,12 +209,34 @@ def test_picture_is_drawn_and_does_not_depend_on_the_day(tmp_path: Path) -> None
 
 
 def test_the_readmes_tables_are_the_rendered_ones() -> None:
-    """Nobody writes figures by hand."""
+    """Nobody writes figures by hand, nor what backends take."""
     readme = (ROOT / "README.md").read_text()
-    between = readme.split(report.BEGIN)[1].split(report.END)[0]
     for path in report.committed_results():
         for _, table in report.tables(results.load(path)):
-            assert table in between
+            assert table in readme
+    assert support.support_table() in readme
+
+
+def test_auto_learns_from_cards_alone_which_backend_is_faster() -> None:
+    operator = gpu_operators.OPERATORS[-1]
+    names = [case.name for case in operator.cases if case.dtype is torch.bfloat16][:2]
+
+    def card(*ratios: float, simulated: bool = False) -> dict[str, Any]:
+        cases = {
+            name: {OURS: {"median": 1.0}, gpu_operators.TRITON: {"median": ratio}}
+            for name, ratio in zip(names, ratios, strict=True)
+        }
+        return {"simulated": simulated, "machine": {"capability": 90}, "cases": cases}
+
+    faster = {(operator.name, "torch.bfloat16", 90): "triton"}
+    assert measured_table.fastest([card(0.5, 1.5)]) == faster
+    assert measured_table.fastest([card(0.9, 1.5)]) == {}
+    assert measured_table.fastest([card(0.5, 0.5, simulated=True)]) == {}
+
+
+def test_what_auto_has_learnt_is_what_was_measured() -> None:
+    cards = [json.loads(path.read_text()) for path in report.gpu_results()]
+    assert measured_table.fastest(cards) == FASTEST
 
 
 def test_the_command_line_runs_a_case() -> None:

@@ -21,8 +21,8 @@ def test_a_dry_run_passes_every_stage_and_writes_json_and_table(
     def quick(simulate: bool, figures: Path) -> list[gpu.Stage]:
         """The build has been made, the parity suite runs beside this test."""
         listed = stages(simulate, figures)
-        assert [stage.name.split()[0] for stage in listed[:4]] == ["build", *["parity"] * 3]
-        return [gpu.Stage("build", [sys.executable, "-c", ""], 60), *listed[4:]]
+        assert [stage.name.split()[0] for stage in listed[:5]] == ["build", *["parity"] * 4]
+        return [gpu.Stage("build", [sys.executable, "-c", ""], 60), *listed[5:]]
 
     monkeypatch.setattr(gpu, "stages", quick)
     assert gpu.run_all(tmp_path, simulate=True) == 0

@@ -7,11 +7,13 @@
 #include "bindings/attention_calls.h"
 #include "bindings/collectable.h"
 #include "bindings/cross_entropy_calls.h"
+#include "bindings/export_card_plan.h"
 #include "bindings/gradient_list.h"
 #include "bindings/layout.h"
 #include "bindings/lstm_calls.h"
 #include "bindings/optimizer_plan.h"
 #include "bindings/torch_access.h"
+#include "bindings/triton_plan.h"
 #include "cpu/dispatch.h"
 #include "cpu/threads.h"
 
@@ -102,6 +104,13 @@ PYBIND11_MODULE(_native_cpu, m) {
       .def("grad_norm", &OptimizerPlan::grad_norm, py::arg("order"), py::arg("threads"))
       .def("run", &OptimizerPlan::run, py::arg("rules"), py::arg("tail"), py::arg("threads"))
       .def("release", &OptimizerPlan::release);
+
+  m.attr("chunk") = kChunk;  // elements that a program of Triton's works on
+  export_card_plan<TritonPlan>(m, "TritonPlan")
+      .def("measure", &TritonPlan::measure, py::arg("table"))
+      .def("run", &TritonPlan::run, py::arg("rules"), py::arg("tail"), py::arg("table"),
+           py::arg("functors"))
+      .def("records", &TritonPlan::records);
 
   py::class_<GradientList>(m, "GradientList", py::module_local())
       .def(py::init<py::list, bool>(), py::arg("tensors"), py::arg("of_parameters"))

@@ -1,11 +1,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bindings/collectable.h"
 #include "bindings/cuda_attention_calls.h"
 #include "bindings/cuda_cross_entropy_calls.h"
 #include "bindings/cuda_lstm_calls.h"
 #include "bindings/cuda_plan.h"
+#include "bindings/export_card_plan.h"
 #include "bindings/group_rules.h"
 #include "bindings/torch_access.h"
 #include "cuda/device.h"
@@ -24,7 +24,6 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
   m.doc() = "fastopt's CUDA kernels.";
   m.attr("update_rules") = describe_rules(cuda::kRuleInfo, cuda::kRuleCount);
   m.attr("toolkit_version") = cuda::toolkit_version();  // 13000 is 13.0
-  m.attr("functor_bytes") = kFunctorBytes;
 
   m.def("unavailable", &cuda::unavailable,
         "Why there is no card to run on, in words, or an empty string.");
@@ -40,23 +39,11 @@ PYBIND11_MODULE(FASTOPT_CUDA_MODULE, m) {
   export_cuda_attention(m);
   export_cuda_cross_entropy(m);
 
-  py::class_<CudaPlan>(m, "OptimizerPlan", py::module_local(),
-                       py::custom_type_setup(make_collectable<CudaPlan>))
-      .def(py::init<py::dict, py::list, int, int, bool>(), py::arg("state"), py::arg("groups"),
-           py::arg("device_type"), py::arg("device_index"), py::arg("counts_here_on_host"))
-      .def("collect", &CudaPlan::collect, py::arg("param_groups"), py::arg("state"),
-           py::arg("writing"))
-      .def("gradients", &CudaPlan::gradients)
-      .def_property_readonly("table_bytes", &CudaPlan::table_bytes)
-      .def_property_readonly("table_version", &CudaPlan::table_version)
-      .def_property_readonly("task_count", &CudaPlan::task_count)
-      .def_property_readonly("chunk_count", &CudaPlan::chunk_count)
-      .def("table", &CudaPlan::table, py::arg("address"))
+  export_card_plan<CudaPlan>(m, "OptimizerPlan")
       .def("grad_norm", &CudaPlan::grad_norm, py::arg("order"), py::arg("table"),
            py::arg("partials"), py::arg("norm"), py::arg("stream"))
       .def("run", &CudaPlan::run, py::arg("rules"), py::arg("tail"), py::arg("table"),
-           py::arg("functors"), py::arg("stream"))
-      .def("release", &CudaPlan::release);
+           py::arg("functors"), py::arg("stream"));
 
   m.def(
       "load_lstm_kernels",

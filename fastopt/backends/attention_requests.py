@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,8 +120,38 @@ def precise_dtype(request: AttentionRequest) -> torch.dtype:
     return compute_dtype(request.query.dtype)
 
 
-def native_tensors(native: Any, request: AttentionRequest) -> Any:
-    """The request as the functions of a native module take it."""
+def full_bias_sums(request: AttentionRequest) -> Tensor | None:
+    """For the gradient of the bias, with all its rows and columns; or None."""
+    if request.bias is None:
+        return None
+    shape = (*request.bias.shape[:2], request.query.size(2), request.key.size(2))
+    return torch.empty(shape, dtype=precise_dtype(request), device=request.device)
+
+
+class KernelArguments(NamedTuple):
+    """A request as kernels take it: contiguous features, masks of full shape, numbers in place."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    allowed: Tensor | None  # uint8
+    slopes: Tensor | None
+    sinks: Tensor | None
+    query_starts: Tensor | None
+    key_starts: Tensor | None
+    used_keys: Tensor | None
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    bottom_right: bool
+    dropout: float
+    seed: int
+
+
+def kernel_arguments(request: AttentionRequest) -> KernelArguments:
+    """The request in their order."""
     query, key = request.query, request.key
     allowed, slopes, seed = request.allowed, request.slopes, request.seed
     sinks = request.sinks
@@ -129,7 +159,7 @@ def native_tensors(native: Any, request: AttentionRequest) -> Any:
         None if tensor is None else tensor.contiguous()
         for tensor in (request.query_starts, request.key_starts, request.used_keys)
     )
-    return native.AttentionTensors(
+    return KernelArguments(
         contiguous_features(query), contiguous_features(key), contiguous_features(request.value),
         expanded(request.bias, query, key),
         expanded(None if allowed is None else allowed.view(torch.uint8), query, key),
@@ -139,6 +169,11 @@ def native_tensors(native: Any, request: AttentionRequest) -> Any:
         request.bottom_right, request.dropout,
         0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
     )  # fmt: skip
+
+
+def native_tensors(native: Any, request: AttentionRequest) -> Any:
+    """The request as the functions of a native module take it."""
+    return native.AttentionTensors(*kernel_arguments(request))
 
 
 def _is_empty(request: AttentionRequest) -> bool:
@@ -151,7 +186,7 @@ def _has_unread_starts(request: AttentionRequest) -> bool:
 
 
 def forward(
-    native: Any, request: AttentionRequest, run: Callable[[Any, Tensor, Tensor], None]
+    request: AttentionRequest, run: Callable[[Tensor, Tensor], None]
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp, which ``run`` writes."""
     query = request.query
@@ -165,17 +200,16 @@ def forward(
             logsumexp.copy_(request.sinks.unsqueeze(1))
     if _is_empty(request):
         return output, logsumexp
-    run(native_tensors(native, request), output, logsumexp)
+    run(output, logsumexp)
     return output, logsumexp
 
 
 def backward(
-    native: Any,
     request: AttentionRequest,
     output_gradient: Tensor,
     bias_sums: Tensor | None,
     sinks_wanted: bool,
-    run: Callable[[Any, Tensor, list[Tensor | None]], None],
+    run: Callable[[Tensor, list[Tensor | None]], None],
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, bias and sinks.
 
@@ -194,9 +228,8 @@ def backward(
         batch = query.size(0) if starts is None else starts.size(0) - 1
         sink_sums = query.new_zeros((batch, query.size(1)), dtype=precise_dtype(request))
     if not _is_empty(request):
-        tensors = native_tensors(native, request)
         bias = expanded(bias_sums, query, request.key)
-        run(tensors, contiguous_features(output_gradient), [*gradients, bias, sink_sums])
+        run(contiguous_features(output_gradient), [*gradients, bias, sink_sums])
     elif bias_sums is not None:
         bias_sums.zero_()
     if bias_sums is None or request.bias is None:

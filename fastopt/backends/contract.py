@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -80,12 +80,19 @@ class ParameterRequest:
         group: The parameter group, for its flags.
     """
 
+    operator: ClassVar[str] = "optimizer_step"
+
     param: Tensor
     grad: Tensor | None
     slots: tuple[Tensor, ...]
     step: Any
     rule: str
     group: ParamGroup
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is worked on."""
+        return self.param.dtype
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +130,8 @@ class LstmRequest:
         bidirectional: Whether each layer also runs from the end.
     """
 
+    operator: ClassVar[str] = "lstm"
+
     input: Tensor
     batch_sizes: Tensor | None
     initial_hidden: Tensor
@@ -131,6 +140,11 @@ class LstmRequest:
     has_biases: bool
     num_layers: int
     bidirectional: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is worked on."""
+        return self.input.dtype
 
     @property
     def device(self) -> torch.device:
@@ -207,6 +221,8 @@ class AttentionRequest:
         inference: No gradient will be asked for: a faster order of the sums is as good.
     """
 
+    operator: ClassVar[str] = "attention"
+
     query: Tensor
     key: Tensor
     value: Tensor
@@ -225,6 +241,11 @@ class AttentionRequest:
     right: int = -1
     bottom_right: bool = False
     inference: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is worked on."""
+        return self.query.dtype
 
     @property
     def device(self) -> torch.device:
@@ -265,6 +286,8 @@ class LinearCrossEntropyRequest:
             backend finds best.
     """
 
+    operator: ClassVar[str] = "linear_cross_entropy"
+
     input: Tensor
     linear_weight: Tensor
     target: Tensor
@@ -276,6 +299,11 @@ class LinearCrossEntropyRequest:
     softcap: float = 0.0
     z_loss: float = 0.0
     chunk_rows: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is worked on."""
+        return self.input.dtype
 
     @property
     def device(self) -> torch.device:
@@ -291,6 +319,9 @@ class LinearCrossEntropyRequest:
     def ask(self, backend: Backend) -> str | None:
         """What the backend answers."""
         return backend.supports_linear_cross_entropy(self)
+
+
+Request = ParameterRequest | LstmRequest | AttentionRequest | LinearCrossEntropyRequest
 
 
 class SteppedOptimizer(Protocol):

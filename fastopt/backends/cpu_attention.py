@@ -23,12 +23,13 @@ def check(request: AttentionRequest) -> None:
 def forward(request: AttentionRequest, inference: bool = False) -> tuple[Tensor, Tensor]:
     """Output and logsumexp; ``inference``: as in the request."""
 
-    def run(tensors: _native_cpu.AttentionTensors, output: Tensor, logsumexp: Tensor) -> None:
+    def run(output: Tensor, logsumexp: Tensor) -> None:
+        tensors = attention_requests.native_tensors(_native_cpu, request)
         threads = torch.get_num_threads()
         inferring = inference or request.inference
         _native_cpu.attention_forward(tensors, output, logsumexp, inferring, threads)
 
-    return attention_requests.forward(_native_cpu, request, run)
+    return attention_requests.forward(request, run)
 
 
 def backward(
@@ -41,9 +42,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, bias and sinks; the latter are empty where not wanted."""
 
-    def run(
-        tensors: _native_cpu.AttentionTensors, gradient: Tensor, gradients: list[Tensor | None]
-    ) -> None:
+    def run(gradient: Tensor, gradients: list[Tensor | None]) -> None:
+        tensors = attention_requests.native_tensors(_native_cpu, request)
         threads = torch.get_num_threads()
         _native_cpu.attention_backward(tensors, output, logsumexp, gradient, gradients, threads)
 
@@ -51,6 +51,4 @@ def backward(
     if bias_wanted and request.bias is not None:
         shape = (*request.bias.shape[:3], request.key.size(2))
         bias_sums = torch.zeros(shape, dtype=attention_requests.precise_dtype(request))
-    return attention_requests.backward(
-        _native_cpu, request, output_gradient, bias_sums, sinks_wanted, run
-    )
+    return attention_requests.backward(request, output_gradient, bias_sums, sinks_wanted, run)

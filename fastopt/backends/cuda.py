@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,42 +12,17 @@ import torch
 from torch import Tensor
 
 from fastopt.backends import cuda_attention, cuda_linear_cross_entropy, cuda_lstm, selfcheck
+from fastopt.backends.card_plan import CardPlan, CardPlans
 from fastopt.backends.contract import (
     AttentionRequest,
     Created,
     LinearCrossEntropyRequest,
     LstmRequest,
     ParameterRequest,
-    Refusal,
     SteppedOptimizer,
-    Tail,
-    UpdateRule,
 )
-from fastopt.backends.cuda_context import is_capturing
-from fastopt.backends.lstm_requests import refuse_lstm
-from fastopt.backends.plain_tensors import DLPACK_DEVICES, refuse_request
-from fastopt.backends.planning import (
-    bump_versions,
-    joined_norm,
-    members,
-    named_refusal,
-    planned_parameters,
-)
-
-
-def _version() -> str:
-    try:
-        return version("fastopt")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"
-
-
-@functools.cache
-def _card(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "the host simulator"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+from fastopt.backends.cuda_context import card_identity
+from fastopt.backends.plain_tensors import refuse_request
 
 
 class CudaBackend:
@@ -94,10 +68,8 @@ class CudaBackend:
         assert self.native is not None and self.native.__file__ is not None
         build = Path(self.native.__file__).stat()
         return {
-            "card": _card(device),
+            **card_identity(device),
             "driver": str(self.native.driver_version()),
-            "torch": torch.__version__,
-            "fastopt": _version(),
             "build": f"{build.st_size} bytes of {build.st_mtime_ns}",
         }
 
@@ -158,8 +130,7 @@ class CudaBackend:
         """Plain tensors on a card; inside a graph's capture no packed sequences."""
         if self.native is None:
             return self._absent
-        reason = refuse_lstm(request, self.device)
-        reason = reason or cuda_lstm.refuse_capture(self.native, request)
+        reason = cuda_lstm.refuse(self.native, request, self.device)
         return reason or self._unproven("lstm", request.device)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -194,24 +165,11 @@ class CudaBackend:
         optimizer: SteppedOptimizer,
         served: Sequence[Sequence[bool]],
         created: Created,
-    ) -> CudaPlan:
+    ) -> CardPlans:
         """Reads addresses and layouts once for many steps, card by card."""
-        devices = dict.fromkeys(
-            param.device
-            for group, marks in zip(optimizer.param_groups, served, strict=True)
-            for param, mine in members(group, marks)
-            if mine
-        )
-        plans = []
-        for device in devices:
-            here = [
-                [mine and param.device == device for param, mine in members(group, marks)]
-                for group, marks in zip(optimizer.param_groups, served, strict=True)
-            ]
-            planned = planned_parameters(optimizer, here, created)
-            assert self.native is not None
-            plans.append(CardPlan(self.native, optimizer, planned, device))
-        return CudaPlan(plans)
+        assert self.native is not None
+        make = functools.partial(CudaPlan, self.native.OptimizerPlan)
+        return CardPlans(make, optimizer, served, created)
 
 
 def _native() -> ModuleType | str:
@@ -225,99 +183,10 @@ def _native() -> ModuleType | str:
 CUDA = CudaBackend(_native())
 
 
-class CudaPlan:
-    """The plans of all cards."""
+class CudaPlan(CardPlan):
+    """Launches by the native module."""
 
-    def __init__(self, cards: list[CardPlan]) -> None:
-        self._cards = cards
-
-    def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
-        """Compares all that the plans know with the optimizer and fetches the gradients.
-
-        Raises:
-            RuntimeError: A graph is being captured, and the optimizer is not capturable.
-        """
-        if "capturable" in optimizer.defaults:
-            # Torch's own check; it was renamed after 2.11.
-            for device_kind in ("accelerator", "cuda"):
-                check = getattr(optimizer, f"_{device_kind}_graph_capture_health_check", None)
-                if check is not None:
-                    check()
-                    break
-        refusals: list[Refusal] = []
-        for card in self._cards:
-            refused = card.collect(optimizer, writing)
-            if refused is None:
-                self.release()
-                return None
-            refusals += refused
-        return refusals
-
-    def grad_norm(self, optimizer: SteppedOptimizer, order: float) -> float | Tensor | None:
-        """Stays on the card, or on the first of several."""
-        norms = [norm for card in self._cards if (norm := card.grad_norm(order)) is not None]
-        return joined_norm(norms, order) if norms else None
-
-    def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
-        """Launches the kernels on each card's current stream."""
-        for card in self._cards:
-            card.run(optimizer, rules, tail)
-
-    def release(self) -> None:
-        """Drops the gradients."""
-        for card in self._cards:
-            card.release()
-
-
-class CardPlan:
-    """A native plan, and its memory on one card."""
-
-    def __init__(
-        self,
-        native: ModuleType,
-        optimizer: SteppedOptimizer,
-        planned: Sequence[Sequence[Any]],
-        device: torch.device,
-    ) -> None:
-        self._device = device
-        # Where the simulator is the card, steps are counted where torch would count them on one.
-        on_card = [
-            group.get("capturable") or group.get("fused") for group in optimizer.param_groups
-        ]
-        self._native = native.OptimizerPlan(
-            optimizer.state,
-            planned,
-            DLPACK_DEVICES[device.type],
-            device.index or 0,
-            device.type == "cpu" and not any(on_card),
-        )
-        self._functors = self._empty(native.functor_bytes * self._native.task_count)
-        self._upload()
-
-    def _empty(self, size: int) -> Tensor:
-        return torch.empty(max(size, 16), dtype=torch.uint8, device=self._device)
-
-    def _upload(self) -> None:
-        self._version = self._native.table_version
-        self._table = self._empty(self._native.table_bytes)
-        table = self._native.table(self._table.data_ptr())
-        if table:
-            self._table[: len(table)] = torch.frombuffer(bytearray(table), dtype=torch.uint8)
-
-    def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
-        """Fetches the gradients, and brings the table up to date where their layouts are new."""
-        refused = self._native.collect(optimizer.param_groups, optimizer.state, writing)
-        if refused is None:
-            return None
-        if self._native.table_version != self._version:
-            self._upload()
-        return [named_refusal(optimizer, *refusal) for refusal in refused]
-
-    def grad_norm(self, order: float) -> Tensor | None:
-        """Of what was fetched, in double precision, on the card."""
-        grads = self._native.gradients()
-        if not grads:
-            return None
+    def _norm(self, grads: list[Tensor], order: float) -> Tensor:
         if order == 0 or (order != 2 and any(grad.is_complex() for grad in grads)):
             return torch.nn.utils.get_total_norm(grads, order).double()
         partials = torch.empty(
@@ -329,61 +198,8 @@ class CardPlan:
         )
         return norm
 
-    def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
-        """Launches the kernels."""
-        kept: list[Tensor] = []  # until they are launched: the allocator follows the stream
-
-        def number(value: float | Tensor) -> float | tuple[int, bool]:
-            if not isinstance(value, Tensor) or value.device.type == "cpu":
-                return float(value)
-            here = value.to(self._device)
-            if here.dtype not in (torch.float32, torch.float64):
-                here = here.double()
-            kept.append(here)
-            return here.data_ptr(), here.dtype == torch.float64
-
-        native_rules = tuple(
-            (
-                rule.name,
-                rule.weight_decay,
-                number(rule.decay),
-                rule.maximize,
-                tuple(number(value) for value in rule.hyperparameters),
-            )
-            for rule in rules
+    def _launch(self, rules: tuple[Any, ...], tail: tuple[Any, ...]) -> list[Tensor]:
+        written: list[Tensor] = self._native.run(
+            rules, tail, self._table.data_ptr(), self._functors.data_ptr(), self._stream()
         )
-        found_inf = 0
-        if tail.found_inf is not None:
-            kept.append(tail.found_inf.to(self._device, torch.float32))
-            found_inf = kept[-1].data_ptr()
-        native_tail = (
-            number(tail.grad_scale),
-            tail.clip_value,
-            tail.changes_gradients,
-            tail.zero_grad,
-            optimizer.ema_decay is not None,
-            tail.average_weight,
-            found_inf,
-        )
-        stream = self._stream()
-        if is_capturing(self._device):
-            # A graph reads them at every replay, whatever becomes of this plan.
-            vars(optimizer).setdefault("_read_by_graphs", []).append((self._table, self._functors))
-        bump_versions(
-            self._native.run(
-                native_rules, native_tail, self._table.data_ptr(), self._functors.data_ptr(), stream
-            )
-        )
-
-    def _stream(self) -> int:
-        """The current stream, on which the plan's memory is in use from now on."""
-        if self._device.type != "cuda":
-            return 0
-        stream = torch.cuda.current_stream(self._device)
-        for tensor in (self._table, self._functors):
-            tensor.record_stream(stream)
-        return stream.cuda_stream
-
-    def release(self) -> None:
-        """Drops the gradients."""
-        self._native.release()
+        return written

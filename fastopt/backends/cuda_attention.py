@@ -58,10 +58,11 @@ def _call(native: ModuleType, request: AttentionRequest) -> tuple[bool, int, int
 def forward(native: Any, request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Output and logsumexp."""
 
-    def run(tensors: Any, output: Tensor, logsumexp: Tensor) -> None:
+    def run(output: Tensor, logsumexp: Tensor) -> None:
+        tensors = attention_requests.native_tensors(native, request)
         native.attention_forward(tensors, output, logsumexp, *_call(native, request))
 
-    return attention_requests.forward(native, request, run)
+    return attention_requests.forward(request, run)
 
 
 def backward(
@@ -78,7 +79,8 @@ def backward(
     Blocks add to the gradients of queries in no fixed order, unless torch is to be deterministic.
     """
 
-    def run(tensors: Any, gradient: Tensor, gradients: list[Tensor | None]) -> None:
+    def run(gradient: Tensor, gradients: list[Tensor | None]) -> None:
+        tensors = attention_requests.native_tensors(native, request)
         deltas = torch.empty_like(logsumexp)
         sums = None
         if not torch.are_deterministic_algorithms_enabled():
@@ -89,10 +91,5 @@ def backward(
         if sums is not None and gradients[0] is not None:
             gradients[0].copy_(sums)
 
-    bias_sums = None
-    if bias_wanted and request.bias is not None:
-        shape = (*request.bias.shape[:2], request.query.size(2), request.key.size(2))
-        bias_sums = torch.empty(shape, dtype=torch.float32, device=request.device)
-    return attention_requests.backward(
-        native, request, output_gradient, bias_sums, sinks_wanted, run
-    )
+    bias_sums = attention_requests.full_bias_sums(request) if bias_wanted else None
+    return attention_requests.backward(request, output_gradient, bias_sums, sinks_wanted, run)

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+
+@functools.cache
+def card_identity(device: torch.device) -> dict[str, str]:
+    """The card, and the versions above it, that a verdict on kernels hangs on."""
+    try:
+        fastopt = version("fastopt")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        fastopt = "unknown"
+    card = "no card"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        card = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+    return {"card": card, "torch": torch.__version__, "fastopt": fastopt}
 
 
 def stream_of(device: torch.device) -> int:

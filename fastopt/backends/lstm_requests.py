@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastopt.backends.contract import LstmRequest
+from fastopt.backends.cuda_context import is_capturing
 from fastopt.backends.plain_tensors import (
     REAL_DTYPES,
     autocast_dtype,
@@ -38,6 +39,18 @@ def refuse_lstm(request: LstmRequest, device: str) -> str | None:
             if tensor.dtype is not request.input.dtype and not casts:
                 return f"tensors are {request.input.dtype} and {tensor.dtype}"
     return _refuse_sizes(request)
+
+
+CAPTURE_NEEDS_A_CALL = "a graph's capture needs a call before it, which loads the kernels"
+
+
+def refuse_capture(request: LstmRequest, is_loaded: Callable[[], bool]) -> str | None:
+    """Why a graph that is being captured cannot take these layers, or None."""
+    if not is_capturing(request.device):
+        return None
+    if request.batch_sizes is not None:
+        return "the steps of packed sequences cannot be copied inside a graph's capture"
+    return None if is_loaded() else CAPTURE_NEEDS_A_CALL
 
 
 def _is_projected(request: LstmRequest) -> bool:

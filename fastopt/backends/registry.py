@@ -7,37 +7,52 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import cast
+from typing import NamedTuple, cast
 
-from fastopt.backends.contract import (
-    AttentionRequest,
-    Backend,
-    Kernels,
-    LinearCrossEntropyRequest,
-    LstmRequest,
-    ParameterRequest,
-)
+from fastopt.backends.contract import Backend, Kernels, Request
 from fastopt.backends.cpu import CpuBackend
 from fastopt.backends.cuda import CUDA
+from fastopt.backends.measured import fastest_measured
 from fastopt.backends.reference import ReferenceBackend
 from fastopt.backends.stock import TorchBackend
+from fastopt.backends.triton.backend import TRITON
 
 logger = logging.getLogger("fastopt")
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CpuBackend(), CUDA, TorchBackend(), ReferenceBackend())
+    backend.name: backend
+    for backend in (CpuBackend(), CUDA, TRITON, TorchBackend(), ReferenceBackend())
 }
 
 # What "auto" tries, by the parameter's device. `reference` is chosen by name only.
-AUTO_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
+AUTO_ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "torch"),
+    "cuda": ("cuda", "triton", "torch"),
+}
 AUTO_ORDER_ELSEWHERE = ("torch",)
 
 # Where torch's dispatcher finds the operators that are registered with it.
 DISPATCH_KEYS = ("CPU", "CUDA")
 
-Request = ParameterRequest | LstmRequest | AttentionRequest | LinearCrossEntropyRequest
+
+class Choice(NamedTuple):
+    """What was chosen for a request.
+
+    Attributes:
+        task: The work, in words.
+        requested: What the user asked for.
+        backend: Who does it; None where the backend that was named cannot.
+        reasons: For each backend that was asked before, why it does not.
+    """
+
+    task: str
+    requested: str
+    backend: str | None
+    reasons: dict[str, str]
+
 
 _in_use: ContextVar[str | None] = ContextVar("fastopt_backend", default=None)
+_watching: ContextVar[list[Choice] | None] = ContextVar("fastopt_choices", default=None)
 _logged: set[str] = set()
 
 
@@ -65,7 +80,8 @@ def use_backend(name: str) -> Iterator[None]:
     takes the fastest that can do the work; a backend named otherwise never falls back to another.
 
     Args:
-        name: ``auto``, ``cpu``, ``cuda``, ``torch`` (stock's own implementation) or ``reference``.
+        name: ``auto``, ``cpu``, ``cuda``, ``triton``, ``torch`` (stock's own implementation) or
+            ``reference``.
 
     Raises:
         ValueError: No backend is called so.
@@ -90,17 +106,25 @@ def requested(own: str | None) -> str:
     return named
 
 
-def candidates(request: Request, choice: str) -> Iterator[tuple[Backend, str | None]]:
-    """The backends that ``choice`` allows up to the one that takes the request, with reasons."""
-    if choice != "auto":
-        names: tuple[str, ...] = (choice,)
-    else:
-        names = AUTO_ORDER.get(request.device.type, AUTO_ORDER_ELSEWHERE)
-    for name in names:
+def answers(request: Request, choice: str) -> Choice:
+    """Asks the backends that ``choice`` allows until one takes the request."""
+    reasons: dict[str, str] = {}
+    for name in _allowed(request, choice):
         reason = request.ask(BACKENDS[name])
-        yield BACKENDS[name], reason
         if reason is None:
-            return
+            return Choice(request.task, choice, name, reasons)
+        reasons[name] = reason
+    return Choice(request.task, choice, None, reasons)
+
+
+def _allowed(request: Request, choice: str) -> tuple[str, ...]:
+    if choice != "auto":
+        return (choice,)
+    order = AUTO_ORDER.get(request.device.type, AUTO_ORDER_ELSEWHERE)
+    first = fastest_measured(request)
+    if first is None:
+        return order
+    return first, *[name for name in order if name != first]
 
 
 def choose(request: Request, choice: str) -> Backend:
@@ -109,24 +133,37 @@ def choose(request: Request, choice: str) -> Backend:
     Raises:
         RuntimeError: None does; with the reason of each that was asked.
     """
-    backend, refused = _first_that_takes(request, choice)
-    if refused:
-        log_fall_through(refused[-1], backend.name, request.task)
-    return backend
+    chosen = answers(request, choice)
+    watching = _watching.get()
+    if watching is not None:
+        watching.append(chosen)
+    name = _taken(chosen)
+    if chosen.reasons:
+        log_fall_through(list(chosen.reasons.values())[-1], name, request.task)
+    return BACKENDS[name]
 
 
 def choose_silently(request: Request, choice: str) -> str:
     """As ``choose``, without a word in the log: the backend's name."""
-    return _first_that_takes(request, choice)[0].name
+    return _taken(answers(request, choice))
 
 
-def _first_that_takes(request: Request, choice: str) -> tuple[Backend, list[str]]:
-    refused: list[str] = []
-    for backend, reason in candidates(request, choice):
-        if reason is None:
-            return backend, refused
-        refused.append(reason)
-    raise RuntimeError(f"backend {choice!r} cannot {request.task}: {'; '.join(refused)}")
+def _taken(chosen: Choice) -> str:
+    if chosen.backend is None:
+        reasons = "; ".join(chosen.reasons.values())
+        raise RuntimeError(f"backend {chosen.requested!r} cannot {chosen.task}: {reasons}")
+    return chosen.backend
+
+
+@contextmanager
+def watched() -> Iterator[list[Choice]]:
+    """Collects what ``choose`` finds inside the block."""
+    choices: list[Choice] = []
+    token = _watching.set(choices)
+    try:
+        yield choices
+    finally:
+        _watching.reset(token)
 
 
 def log_fall_through(reason: str, backend: str, task: str) -> None:

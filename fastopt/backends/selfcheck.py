@@ -42,6 +42,11 @@ class CheckedBackend(Protocol):
     """A backend whose kernels have to prove themselves."""
 
     name: str
+    device: str
+
+    @property
+    def missing(self) -> str:
+        """Why the backend cannot be used at all, or ""."""
 
     def identity(self, device: torch.device) -> dict[str, str]:
         """Whatever a verdict hangs on: card, driver, versions, the build."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from fastopt.backends import registry
 from fastopt.backends.contract import SteppedOptimizer
@@ -35,43 +37,85 @@ class ExplainedParameter:
 
 
 @dataclass(frozen=True, slots=True)
+class ExplainedCall:
+    """The choice for one call of an operator.
+
+    Attributes:
+        task: The work in words, with shape, dtype and device.
+        backend: The backend that did it.
+        reasons: For each backend that was asked before, why it did not.
+    """
+
+    task: str
+    backend: str
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
-    """The choice for every parameter of an optimizer; ``print`` shows it as a table."""
+    """Every choice, for parameters of an optimizer or operators in a call; ``print`` shows them."""
 
     requested: str
-    parameters: tuple[ExplainedParameter, ...]
+    parameters: tuple[ExplainedParameter, ...] = ()
+    calls: tuple[ExplainedCall, ...] = ()
 
     def __str__(self) -> str:
-        """A line for each parameter."""
+        """A line for each parameter or call."""
         lines = [f"backend requested: {self.requested}"]
         for p in self.parameters:
             place = f"group {p.group}, parameter {p.index}" + (f" ({p.name})" if p.name else "")
             what = f"{place}, {list(p.shape)} {p.dtype} on {p.device}"
-            why = "".join(f"; not {name}: {reason}" for name, reason in p.reasons.items())
-            lines.append(f"{what}: {p.backend or 'no backend'}{why}")
+            lines.append(f"{what}: {_outcome(p.backend, p.reasons)}")
+        lines += [f"{call.task}: {_outcome(call.backend, call.reasons)}" for call in self.calls]
         return "\n".join(lines)
 
 
-def explain(optimizer: SteppedOptimizer) -> Explanation:
-    """Says which backend would step each parameter now, given its gradient as it is now.
+def _outcome(backend: str | None, reasons: dict[str, str]) -> str:
+    return (backend or "no backend") + "".join(
+        f"; not {name}: {reason}" for name, reason in reasons.items()
+    )
+
+
+def explain(what: SteppedOptimizer | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Says which backend does what, and why not a faster one.
 
     Args:
-        optimizer: An optimizer of ``fastopt.optim``.
+        what: An optimizer of ``fastopt.optim``: which backend would step each parameter now, given
+            its gradient as it is now. Or a module or function: it is called, and each of fastopt's
+            operators that it runs is a line.
+        args: Of the call.
+        kwargs: Of the call.
 
     Raises:
-        TypeError: ``optimizer`` is not one of fastopt's.
+        TypeError: ``what`` is neither; or an optimizer, and there are arguments.
     """
-    if not hasattr(optimizer, "_update_rule"):
-        raise TypeError(f"optimizer must be one of fastopt.optim's, got {type(optimizer).__name__}")
+    if hasattr(what, "_update_rule"):
+        if args or kwargs:
+            raise TypeError("explain takes no further arguments with an optimizer")
+        return _explain_optimizer(cast(SteppedOptimizer, what))
+    if not callable(what):
+        raise TypeError(
+            f"what must be an optimizer of fastopt.optim or something to call, got "
+            f"{type(what).__name__}"
+        )
+    with registry.watched() as choices:
+        what(*args, **kwargs)
+    calls = [
+        ExplainedCall(choice.task, choice.backend, choice.reasons)
+        for choice in choices
+        if choice.backend is not None
+    ]
+    return Explanation(registry.requested(None), calls=tuple(calls))
+
+
+def _explain_optimizer(optimizer: SteppedOptimizer) -> Explanation:
     requested = registry.requested(optimizer._backend)
     rows = []
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names", [""] * len(group["params"]))
         rule = optimizer._update_rule(group)
         for index, request in enumerate(requests(optimizer, group, rule, with_gradients=True)):
-            answers = list(registry.candidates(request, requested))
-            taken = [backend.name for backend, reason in answers if reason is None]
-            reasons = {backend.name: reason for backend, reason in answers if reason is not None}
+            choice = registry.answers(request, requested)
             param = request.param
             rows.append(
                 ExplainedParameter(
@@ -81,8 +125,8 @@ def explain(optimizer: SteppedOptimizer) -> Explanation:
                     shape=tuple(param.shape),
                     dtype=str(param.dtype),
                     device=str(param.device),
-                    backend=taken[0] if taken else None,
-                    reasons=reasons,
+                    backend=choice.backend,
+                    reasons=choice.reasons,
                 )
             )
     return Explanation(requested, tuple(rows))

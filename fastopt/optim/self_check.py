@@ -33,6 +33,8 @@ CASES: tuple[tuple[str, type[Any], dict[str, Any], torch.dtype], ...] = (
     ("Adam, amsgrad", Adam, {"lr": 0.01, "eps": 1e-3, "amsgrad": True}, torch.float16),
     ("AdamW", AdamW, {"lr": 0.01, "eps": 1e-3, "maximize": True}, torch.bfloat16),
     ("AdamW, clipped and averaged", AdamW, {"lr": 0.01, "eps": 1e-3, **TAIL}, torch.float32),
+    ("Adam, counted on the card", Adam, {"lr": 0.01, "eps": 1e-3, "fused": True, "clip_value": 0.4},
+     torch.float64),
     ("Lion", Lion, {"lr": 0.01, "weight_decay": 0.1}, torch.float32),
 )  # fmt: skip
 

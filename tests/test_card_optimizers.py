@@ -1,4 +1,4 @@
-"""The CUDA kernels of the optimizers: stock's numbers, on a card or on the host simulator."""
+"""A card's kernels of the optimizers: stock's numbers, on a card or on what plays one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cards import DEVICE, IS_SIMULATED, card  # noqa: F401
+from cards import CARD_BACKENDS, DEVICE, IS_SIMULATED, card, read_on_card  # noqa: F401
 from cases import ALL, DTYPES, WITH_STOCK, OptimizerCase, random
 from fastopt import optim
-from fastopt.backends.cuda import CardPlan
+from fastopt.backends.card_plan import CardPlan
 from fastopt.ops import optimizer_step as operator
 from tolerances import assert_matches
 
@@ -19,9 +19,20 @@ pytestmark = pytest.mark.usefixtures("card")
 
 IDS = {"ids": lambda value: getattr(value, "name", None) or str(value).removeprefix("torch.")}
 SHAPES = ((), (0,), (1,), (7,), (64, 3), (1000,), (2, 0, 3), (4097,))
+# A program of the interpreter takes 20 ms: packs of 16 bytes, and a rest.
+FEW_SHAPES = ((0,), (1030,))
 TAIL = {"max_grad_norm": 1.0, "zero_grad_after_step": True, "ema_decay": 0.8, "clip_value": 0.4}
 ADAMW = next(case for case in WITH_STOCK if case.name == "adamw")
 Params = list[torch.nn.Parameter]
+
+
+@pytest.fixture(params=CARD_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def shapes(backend: str) -> tuple[tuple[int, ...], ...]:
+    return FEW_SHAPES if IS_SIMULATED and backend == "triton" else SHAPES
 
 
 def parameters(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> Params:
@@ -55,10 +66,10 @@ def assert_same_run(ours: Any, params: Params, theirs: Any, others: Params) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 @pytest.mark.parametrize("case", WITH_STOCK, **IDS)
-def test_matches_stock(case: OptimizerCase, dtype: torch.dtype) -> None:
-    ours = parameters(dtype)
+def test_matches_stock(backend: str, case: OptimizerCase, dtype: torch.dtype) -> None:
+    ours = parameters(dtype, shapes(backend))
     theirs = clones(ours)
-    optimizer, stock = case.make(ours, backend="cuda"), case.make_stock(theirs)
+    optimizer, stock = case.make(ours, backend=backend), case.make_stock(theirs)
     train(optimizer, ours)
     train(stock, theirs)
     assert_same_run(optimizer, ours, stock, theirs)
@@ -68,10 +79,10 @@ def test_matches_stock(case: OptimizerCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", (*DTYPES[:4], torch.complex64), **IDS)
 @pytest.mark.parametrize("case", ALL, **IDS)
 def test_matches_the_reference(
-    case: OptimizerCase, dtype: torch.dtype, options: dict[str, Any]
+    backend: str, case: OptimizerCase, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    ours = parameters(dtype)
-    optimizer = case.make(ours, backend="cuda", **options)
+    ours = parameters(dtype, shapes(backend))
+    optimizer = case.make(ours, backend=backend, **options)
     train(optimizer, ours, steps=2)
     copied = copy.deepcopy({"params": ours, "optimizer": optimizer})
     reference = copied["optimizer"]
@@ -91,7 +102,7 @@ def test_matches_the_reference(
 
 @pytest.mark.parametrize("options", [{}, TAIL], ids=["plain", "tail"])
 @pytest.mark.parametrize("kind", ["transposed", "sliced", "misaligned", "expanded gradient"])
-def test_any_layout(kind: str, options: dict[str, Any]) -> None:
+def test_any_layout(backend: str, kind: str, options: dict[str, Any]) -> None:
     def make(device: str) -> Params:
         generator = torch.Generator().manual_seed(3)
         values = random((17, 40), torch.float32, generator).to(device)
@@ -108,7 +119,7 @@ def test_any_layout(kind: str, options: dict[str, Any]) -> None:
         return [param]
 
     ours, theirs = make(DEVICE), make(DEVICE)
-    optimizer = ADAMW.make(ours, backend="cuda", **options)
+    optimizer = ADAMW.make(ours, backend=backend, **options)
     reference = ADAMW.make(theirs, backend="reference", **options)
     for step in range(3):
         for mine, other in zip(ours, theirs, strict=True):
@@ -138,13 +149,13 @@ def test_any_layout(kind: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("order", [2.0, 1.0, 3.0, 0.0, float("inf"), float("-inf")])
-def test_norm_types(order: float) -> None:
-    ours = [p for p in parameters(torch.float64) if p.numel()]
+def test_norm_types(backend: str, order: float) -> None:
+    ours = [p for p in parameters(torch.float64, shapes(backend)) if p.numel()]
     theirs = clones(ours)
     for param, other in zip(ours, theirs, strict=True):
         param.grad = torch.randn(param.shape, dtype=torch.float64).to(DEVICE)
         other.grad = param.grad.clone()
-    optimizer = ADAMW.make(ours, backend="cuda", max_grad_norm=0.7, norm_type=order)
+    optimizer = ADAMW.make(ours, backend=backend, max_grad_norm=0.7, norm_type=order)
     norm = torch.nn.utils.clip_grad_norm_(theirs, 0.7, order)
     optimizer.step()
     assert optimizer.grad_norm.device == ours[0].device
@@ -153,10 +164,10 @@ def test_norm_types(order: float) -> None:
         assert_matches(mine.grad, other.grad, op="optimizer", dtype=torch.float64)
 
 
-def test_a_nonfinite_norm_raises_before_anything_changes() -> None:
-    params = parameters(torch.float32)
+def test_a_nonfinite_norm_raises_before_anything_changes(backend: str) -> None:
+    params = parameters(torch.float32, shapes(backend))
     before = clones(params)
-    optimizer = ADAMW.make(params, backend="cuda", max_grad_norm=1.0, error_if_nonfinite=True)
+    optimizer = ADAMW.make(params, backend=backend, max_grad_norm=1.0, error_if_nonfinite=True)
     for param in params:
         param.grad = torch.full_like(param, float("nan"))
     with pytest.raises(RuntimeError, match="is non-finite"):
@@ -166,10 +177,12 @@ def test_a_nonfinite_norm_raises_before_anything_changes() -> None:
 
 @pytest.mark.parametrize("options", [{"capturable": True}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("case", [c for c in WITH_STOCK if c.stock is not torch.optim.SGD], **IDS)
-def test_steps_counted_on_the_device(case: OptimizerCase, options: dict[str, Any]) -> None:
-    ours = parameters(torch.float32)
+def test_steps_counted_on_the_device(
+    backend: str, case: OptimizerCase, options: dict[str, Any]
+) -> None:
+    ours = parameters(torch.float32, shapes(backend))
     theirs = clones(ours)
-    optimizer, stock = case.make(ours, backend="cuda", **options), case.make_stock(theirs)
+    optimizer, stock = case.make(ours, backend=backend, **options), case.make_stock(theirs)
     train(optimizer, ours, steps=4)
     train(stock, theirs, steps=4)
     assert_same_run(optimizer, ours, stock, theirs)
@@ -177,12 +190,12 @@ def test_steps_counted_on_the_device(case: OptimizerCase, options: dict[str, Any
 
 
 def test_scale_verdict_and_learning_rate_are_read_on_the_device(
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operator, "stays_on_device", lambda optimizer, verdict: True)
-    params, plain = parameters(torch.float32), parameters(torch.float32)
+    params, plain = (parameters(torch.float32, shapes(backend)) for _ in range(2))
     lr = torch.tensor(0.01, device=DEVICE)
-    optimizer = optim.AdamW(params, lr, capturable=True, max_grad_norm=1.0, backend="cuda")
+    optimizer = optim.AdamW(params, lr, capturable=True, max_grad_norm=1.0, backend=backend)
     stock = torch.optim.AdamW(plain, 0.01, foreach=False)
     for step in range(5):
         skipped = step in (0, 3)
@@ -203,28 +216,41 @@ def test_scale_verdict_and_learning_rate_are_read_on_the_device(
         assert_matches(mine.detach(), other.detach(), op="optimizer", dtype=torch.float32)
 
 
-def test_more_tensors_than_one_launch_takes_and_several_groups() -> None:
-    count = 4100 if not IS_SIMULATED else 150  # 64 and 3968 fit
-    ours = parameters(torch.float32, ((3,),) * count)
+@pytest.mark.parametrize("case", ALL, **IDS)
+def test_hyperparameters_read_on_the_device(case: OptimizerCase, backend: str) -> None:
+    ours = parameters(torch.float64, FEW_SHAPES)
+    theirs = clones(ours)
+    optimizer = read_on_card(case.make(ours, backend=backend))
+    reference = case.make(theirs, backend="reference")
+    train(optimizer, ours, steps=2)
+    train(reference, theirs, steps=2)
+    assert_same_run(optimizer, ours, reference, theirs)
+
+
+def test_more_tensors_than_one_launch_takes_and_several_groups(backend: str) -> None:
+    count = 4100 if not IS_SIMULATED else 150  # 64 and 3968 fit a launch of CUDA
+    if IS_SIMULATED and backend == "triton":
+        count = 25
+    ours = parameters(torch.float32, ((3,), (4099,), *((3,),) * count))  # one of two chunks
     theirs = clones(ours)
 
     def groups(params: Params) -> list[dict[str, Any]]:
         return [{"params": params[:20], "lr": 0.5}, {"params": params[20:]}]
 
-    optimizer, stock = ADAMW.make(groups(ours), backend="cuda"), ADAMW.make_stock(groups(theirs))
+    optimizer, stock = ADAMW.make(groups(ours), backend=backend), ADAMW.make_stock(groups(theirs))
     train(optimizer, ours, steps=2)
     train(stock, theirs, steps=2)
     assert_same_run(optimizer, ours, stock, theirs)
 
 
-def test_parameters_at_different_steps_and_shared_memory() -> None:
+def test_parameters_at_different_steps_and_shared_memory(backend: str) -> None:
     buffer = torch.ones(64, device=DEVICE)
     ours = [torch.nn.Parameter(torch.ones(5, device=DEVICE)) for _ in range(3)]
     ours += [torch.nn.Parameter(buffer[:40]), torch.nn.Parameter(buffer[20:])]
     theirs = copy.deepcopy(ours)
     other_buffer = torch.ones(64, device=DEVICE)
     theirs[3:] = [torch.nn.Parameter(other_buffer[:40]), torch.nn.Parameter(other_buffer[20:])]
-    optimizer, stock = ADAMW.make(ours, backend="cuda", ema_decay=0.5), ADAMW.make_stock(theirs)
+    optimizer, stock = ADAMW.make(ours, backend=backend, ema_decay=0.5), ADAMW.make_stock(theirs)
     for step in range(5):
         for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             gone = step < index and index < 3
@@ -235,10 +261,10 @@ def test_parameters_at_different_steps_and_shared_memory() -> None:
     assert_same_run(optimizer, ours, stock, theirs)
 
 
-def test_moved_parameters_and_new_gradients_are_seen() -> None:
-    ours = parameters(torch.float32)
+def test_moved_parameters_and_new_gradients_are_seen(backend: str) -> None:
+    ours = parameters(torch.float32, shapes(backend))
     theirs = clones(ours)
-    optimizer, stock = ADAMW.make(ours, backend="cuda"), ADAMW.make_stock(theirs)
+    optimizer, stock = ADAMW.make(ours, backend=backend), ADAMW.make_stock(theirs)
     for _ in range(2):
         train(optimizer, ours, steps=2)
         train(stock, theirs, steps=2)
@@ -248,9 +274,9 @@ def test_moved_parameters_and_new_gradients_are_seen() -> None:
     assert_same_run(optimizer, ours, stock, theirs)
 
 
-def test_what_is_written_bumps_its_version() -> None:
+def test_what_is_written_bumps_its_version(backend: str) -> None:
     param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
-    optimizer = optim.SGD([param], lr=0.1, backend="cuda", zero_grad_after_step=True)
+    optimizer = optim.SGD([param], lr=0.1, backend=backend, zero_grad_after_step=True)
     param.grad = torch.ones(3, device=DEVICE)
     versions = param._version, param.grad._version
     optimizer.step()
@@ -273,18 +299,20 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(card: Any) -> None:
 def test_the_backend_refuses_what_it_cannot_step() -> None:
     param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
     param.grad = torch.ones(3, device=DEVICE).to_sparse()
-    optimizer = optim.SGD([param], lr=0.1, backend="cuda")
-    with pytest.raises(RuntimeError, match=r"backend .cuda. cannot step .* layout"):
+    optimizer = optim.SGD([param], lr=0.1, backend=backend)
+    with pytest.raises(RuntimeError, match=rf"backend .{backend}. cannot step .* layout"):
         optimizer.step()
 
 
-def test_a_skipped_first_step_settles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_first_step_settles_nothing(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(deferred: bool) -> list[torch.Tensor]:
         monkeypatch.setattr(operator, "stays_on_device", lambda optimizer, verdict: deferred)
         param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
         options: dict[str, Any] = {"momentum": 0.9, "dampening": 0.5, "fused": True}
         optimizer = optim.SGD(
-            [param], lr=0.1, ema_decay=0.9, zero_grad_after_step=True, backend="cuda", **options
+            [param], lr=0.1, ema_decay=0.9, zero_grad_after_step=True, backend=backend, **options
         )
         param.grad = torch.zeros(3, device=DEVICE)
         for step in range(5):
@@ -299,14 +327,28 @@ def test_a_skipped_first_step_settles_nothing(monkeypatch: pytest.MonkeyPatch) -
         assert_matches(left, right, op="optimizer", dtype=torch.float32)
 
 
-def test_the_table_is_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_uploaded_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = []
     upload = CardPlan._upload
     monkeypatch.setattr(CardPlan, "_upload", lambda plan: (uploads.append(1), upload(plan)))
-    params = parameters(torch.float32)
-    optimizer = ADAMW.make(params, backend="cuda")
+    params = parameters(torch.float32, shapes(backend))
+    optimizer = ADAMW.make(params, backend=backend)
     for _ in range(4):
         for param in params:
             param.grad = torch.ones_like(param)
         optimizer.step()
     assert len(uploads) == 1
+
+
+def test_what_triton_reads_is_uploaded_where_it_is_new() -> None:
+    param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = optim.AdamW([param], fused=True, backend="triton")
+    param.grad = torch.ones(3, device=DEVICE)
+    seen = []
+    for step in range(3):
+        if step == 2:
+            param.grad = torch.ones(4, device=DEVICE)[1:]
+        optimizer.step()
+        (plan,) = optimizer._plan._parts[0]._cards
+        seen.append(plan._records.there)
+    assert seen[1] is seen[0] and seen[2] is not seen[0]

@@ -1,7 +1,7 @@
 """Attention on cards, beyond the cases that it shares with the CPU: arithmetic, order, layouts.
 
-Whatever kernels write is known to the simulator: two blocks that leave different values in a byte
-are an error in every test.
+Of the CUDA simulator: whatever kernels write is known to it, and two blocks that leave different
+values in a byte are an error in every test.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as stock_attention
 
 import test_attention as cases
-from cards import DEVICE, IS_SIMULATED, card, placed  # noqa: F401 (a fixture)
+from cards import CARD_BACKENDS, DEVICE, IS_SIMULATED, card, placed  # noqa: F401 (a fixture)
 from fastopt import nn, use_backend
-from fastopt.backends import cuda_attention, registry, selfcheck
+from fastopt.backends import attention_requests, cuda_attention, registry, selfcheck
 from fastopt.backends.contract import AttentionRequest
 from fastopt.backends.cuda import CudaBackend
-from fastopt.backends.cuda_context import stream_of, tf32_products
-from fastopt.backends.plain_tensors import DLPACK_DEVICES
+from fastopt.backends.cuda_context import tf32_products
 from fastopt.backends.reference import reference_attention
+from fastopt.backends.triton import attention as triton_attention
+from fastopt.backends.triton import launch
+from fastopt.nn import attention_self_check
 from fastopt.nn.functional import attention, scaled_dot_product_attention
 from fastopt.ops.attention import with_seed
 from tolerances import (
@@ -38,6 +40,7 @@ from tolerances import (
 )
 
 simulated = pytest.mark.skipif(not IS_SIMULATED, reason="of the simulator")
+each_backend = pytest.mark.parametrize("backend", CARD_BACKENDS)
 Case = cases.Case
 
 # Each size that a kernel is made for, both kinds of scores, several tiles in both directions.
@@ -70,9 +73,11 @@ def native() -> ModuleType:
     return backend.native
 
 
-def compare(case: Case, dtype: torch.dtype, eps: float | None = None) -> dict[str, Tensor]:
+def compare(
+    case: Case, dtype: torch.dtype, backend: str = "cuda", eps: float | None = None
+) -> dict[str, Tensor]:
     given = cases.tensors(case, dtype)
-    actual = cases.run(case, dtype, "cuda", given)
+    actual = cases.run(case, dtype, backend, given)
     expected = cases.run(case, dtype, "reference", given)
     terms = cases.size_of_mask_terms(case, given)
     for key, value in expected.items():
@@ -88,10 +93,11 @@ def compare(case: Case, dtype: torch.dtype, eps: float | None = None) -> dict[st
     return actual
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_kernel_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
-    compare(VARIANTS[name], dtype)
+def test_each_kernel_agrees_with_the_reference(name: str, dtype: torch.dtype, backend: str) -> None:
+    compare(VARIANTS[name], dtype, backend)
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -101,15 +107,18 @@ def test_each_kernel_of_deterministic_gradients(name: str, dtype: torch.dtype) -
     compare(VARIANTS[name], dtype)
 
 
+@each_backend
 @pytest.mark.parametrize("name", [*VARIANTS, "odd", "groups", "everything", "bias of groups"])
-def test_tf32(name: str) -> None:
+def test_tf32(name: str, backend: str) -> None:
     """Rounded factors, exact sums; and really rounded."""
+    if backend == "triton" and IS_SIMULATED:
+        pytest.skip("the interpreter multiplies in fp32 whatever it is told")
     case = VARIANTS.get(name) or cases.CASES[name]
     torch.manual_seed(1)
     with tf32_products(True):
-        rounded = compare(case, torch.float32, TF32_EPS)
+        rounded = compare(case, torch.float32, backend, TF32_EPS)
     torch.manual_seed(1)
-    exact = cases.run(case, torch.float32, "cuda", cases.tensors(case, torch.float32))
+    exact = cases.run(case, torch.float32, backend, cases.tensors(case, torch.float32))
     assert not torch.equal(rounded["output"], exact["output"])
 
 
@@ -138,12 +147,13 @@ def test_any_order_of_threads_and_blocks(name: str, dtype: torch.dtype) -> None:
     native().set_seed(0)
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_is_no_worse_than_stock(dtype: torch.dtype) -> None:
+def test_low_precision_is_no_worse_than_stock(dtype: torch.dtype, backend: str) -> None:
     tensors = [torch.randn(2, 3, 100, 40).to(dtype) for _ in range(3)]
     truth = stock_attention(*[tensor.double() for tensor in tensors], is_causal=True)
-    with use_backend("cuda"):
-        actual = scaled_dot_product_attention(*placed(tensors, "cuda"), is_causal=True).cpu()
+    with use_backend(backend):
+        actual = scaled_dot_product_attention(*placed(tensors, backend), is_causal=True).cpu()
     assert_no_worse_than_stock(actual, stock_attention(*tensors, is_causal=True), truth)
 
 
@@ -156,18 +166,19 @@ LAYOUTS = {
 }
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", [5, 32])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(name: str, features: int, dtype: torch.dtype) -> None:
+def test_layouts(name: str, features: int, dtype: torch.dtype, backend: str) -> None:
     case = Case((2, 2, 2, 35, 40, features, features))
     inputs, _, gradient = cases.tensors(case, dtype)
     laid_out = [LAYOUTS[name](tensor) for tensor in inputs]
     given = (laid_out, None, LAYOUTS[name](gradient))
-    actual = cases.run(case, dtype, "cuda", given)
+    actual = cases.run(case, dtype, backend, given)
     dense = ([tensor.contiguous() for tensor in laid_out], None, given[2].contiguous())
-    for key, value in cases.run(case, dtype, "cuda", dense).items():
-        if key == "gradient of q":  # summed in no fixed order
+    for key, value in cases.run(case, dtype, backend, dense).items():
+        if key == "gradient of q" and backend == "cuda":  # summed in no fixed order
             table = cases.table_of(key)
             if dtype is torch.float32:
                 assert_matches(actual[key], value, op=table, dtype=dtype)
@@ -177,52 +188,47 @@ def test_layouts(name: str, features: int, dtype: torch.dtype) -> None:
             assert torch.equal(actual[key], value), key
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", [33, 64])
-def test_nothing_is_written_beside_the_tensors(features: int, dtype: torch.dtype) -> None:
+def test_nothing_is_written_beside_the_tensors(
+    features: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Results lie in larger tensors, with gaps between rows: those keep what they had."""
-    batch, heads, queries, keys = 2, 2, 37, 45
     guard = 7.0
+    made: list[tuple[Tensor, Tensor]] = []
 
-    def inside(rows: int, wide: int) -> tuple[Tensor, Tensor]:
+    def inside(batch: int, heads: int, rows: int, wide: int) -> Tensor:
         whole = torch.full((batch, heads + 1, rows + 2, wide + 8), guard, device=DEVICE).to(dtype)
-        return whole, whole[:, :heads, 1:-1, :wide]
+        made.append((whole, whole[:, :heads, 1:-1, :wide]))
+        return made[-1][1]
 
-    def outside(whole: Tensor, part: Tensor) -> Tensor:
+    monkeypatch.setattr(
+        attention_requests, "empty_output", lambda q, v: inside(*q.shape[:3], v.size(3))
+    )
+    monkeypatch.setattr(attention_requests, "empty_gradient", lambda tensor: inside(*tensor.shape))
+    asked = AttentionRequest(
+        *[torch.randn(2, 2, n, features, device=DEVICE).to(dtype) for n in (37, 45, 45)], scale=0.2
+    )
+    kernels = registry.kernels(backend)
+    output, logsumexp = kernels.attention_forward(asked)
+    gradient = torch.ones_like(output)
+    kernels.attention_backward(asked, gradient, output, logsumexp, False, False)
+    assert len(made) == 4
+    for whole, part in made:
+        assert bool((part != guard).any())
         part.fill_(guard)
-        return whole
-
-    query, key, value = (
-        torch.randn(batch, heads, rows, features, device=DEVICE).to(dtype)
-        for rows in (queries, keys, keys)
-    )
-    sums = {"device": DEVICE, "dtype": torch.float32}
-    logsumexp = torch.empty(batch, heads, queries, **sums)  # type: ignore[call-overload]
-    layer = native().AttentionTensors(
-        query, key, value, *(None,) * 7, 0.2, 0.0, -1, 0, False, 0.0, 0
-    )
-    whole, output = inside(queries, features)
-    stream = stream_of(torch.device(DEVICE))
-    where = False, DLPACK_DEVICES[DEVICE], 0, stream
-    native().attention_forward(layer, output, logsumexp, *where)
-    made = [inside(rows, features) for rows in (queries, keys, keys)]
-    arguments = [gradient for _, gradient in made], torch.empty_like(logsumexp)
-    native().attention_backward(
-        layer, output, logsumexp, torch.ones_like(query), [*arguments[0], None, None],
-        arguments[1], None, *where,
-    )  # fmt: skip
-    assert all(bool((part != guard).any()) for part in (output, *arguments[0]))
-    for all_of_it, part in ((whole, output), *made):
-        assert (outside(all_of_it, part) == guard).all()
+        assert (whole == guard).all()
 
 
+@each_backend
 @pytest.mark.parametrize("place", ["query", "key", "value", "mask"])
-def test_nan_propagates(place: str) -> None:
+def test_nan_propagates(place: str, backend: str) -> None:
     query, key, value = (torch.randn(1, 2, 40, 8) for _ in range(3))
     mask = torch.zeros(40, 40)
     {"query": query, "key": key, "value": value, "mask": mask}[place].view(-1)[5] = torch.nan
-    with use_backend("cuda"):
-        actual = scaled_dot_product_attention(*placed([query, key, value, mask], "cuda"))
+    with use_backend(backend):
+        actual = scaled_dot_product_attention(*placed([query, key, value, mask], backend))
     expected = stock_attention(query.double(), key.double(), value.double(), mask.double())
     assert torch.equal(actual.cpu().isnan(), expected.isnan())
 
@@ -240,13 +246,14 @@ def test_blocks_that_see_nothing_leave_zeros(dtype: torch.dtype) -> None:
     native().set_seed(0)
 
 
+@each_backend
 @pytest.mark.parametrize("scale", [None, 1e-4])
-def test_small_gradients_of_fp16(scale: float | None) -> None:
+def test_small_gradients_of_fp16(scale: float | None, backend: str) -> None:
     """What the scale makes small must not be rounded to fp16 on its way."""
     case = Case((1, 2, 2, 40, 600, 64, 64), {"scale": scale})
     inputs, _, gradient = cases.tensors(case, torch.float16)
     given = (inputs, None, gradient * 1e-3)
-    actual = cases.run(case, torch.float16, "cuda", given)
+    actual = cases.run(case, torch.float16, backend, given)
     expected = cases.run(case, torch.float16, "reference", given)
     truth = expected["gradient of v"]
     assert_rounds_like_operands(actual["gradient of v"], truth, truth.abs().max())
@@ -259,24 +266,26 @@ def test_small_gradients_of_fp16(scale: float | None) -> None:
 SMALLEST_OF_FP16 = 2.0**-24
 
 
-def test_a_key_that_nobody_sees_may_be_nan() -> None:
+@each_backend
+def test_a_key_that_nobody_sees_may_be_nan(backend: str) -> None:
     case = Case((1, 1, 1, 10, 20, 8, 8))
     inputs, _, gradient = cases.tensors(case, torch.float32)
-    leaves = [t.requires_grad_() for t in placed(inputs, "cuda")]
+    leaves = [t.requires_grad_() for t in placed(inputs, backend)]
     with torch.no_grad():
         leaves[1][:, :, 15] = torch.nan
-    with use_backend("cuda"):
+    with use_backend(backend):
         output = scaled_dot_product_attention(*leaves, is_causal=True)
-    _, of_key, of_value = torch.autograd.grad(output, leaves, placed(gradient, "cuda"))
+    _, of_key, of_value = torch.autograd.grad(output, leaves, placed(gradient, backend))
     assert output.isfinite().all()
     assert not of_key[:, :, 10:].any() and not of_value[:, :, 10:].any()
     assert of_key.isfinite().all() and of_value.isfinite().all()
 
 
-def test_an_infinite_sink_takes_everything() -> None:
+@each_backend
+def test_an_infinite_sink_takes_everything(backend: str) -> None:
     inputs = [torch.randn(1, 2, 5, 8, device=DEVICE) for _ in range(3)]
     sink = torch.tensor([torch.inf, 0.0], device=DEVICE)
-    output = attention(*inputs, learnable_sink=sink, backend="cuda")
+    output = attention(*inputs, learnable_sink=sink, backend=backend)
     assert isinstance(output, Tensor)
     assert not output[:, 0].any() and output[:, 1].isfinite().all()
 
@@ -300,16 +309,17 @@ def test_the_seed_is_the_cpus_whatever_the_default_device() -> None:
 
 
 @simulated
+@each_backend
 @pytest.mark.parametrize("fullgraph", [True, False])
-def test_a_first_call_may_be_compiled(fullgraph: bool, tmp_path: Path) -> None:
+def test_a_first_call_may_be_compiled(fullgraph: bool, backend: str, tmp_path: Path) -> None:
     """The self-check runs then, and Dynamo does not look into it."""
     program = (
-        "import torch, cards, warnings; warnings.simplefilter('error', RuntimeWarning)\n"
+        "import torch, cards, conftest, warnings; warnings.simplefilter('error', RuntimeWarning)\n"
         "from fastopt.backends import registry\n"
         "from fastopt.nn.functional import attention\n"
-        "registry.BACKENDS['cuda'] = cards.backend()\n"
+        "registry.BACKENDS.update(cuda=cards.backend(), triton=cards.triton_backend())\n"
         "x = torch.randn(1, 2, 5, 8)\n"
-        "call = lambda t: attention(t, t, t, causal=True, backend='cuda')\n"
+        f"call = lambda t: attention(t, t, t, causal=True, backend='{backend}')\n"
         f"compiled = torch.compile(call, fullgraph={fullgraph}, backend='aot_eager')\n"
         "torch.testing.assert_close(compiled(x), call(x))\n"
     )
@@ -322,16 +332,18 @@ def test_a_first_call_may_be_compiled(fullgraph: bool, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.json"))
 
 
-def test_large_scores() -> None:
+@each_backend
+def test_large_scores(backend: str) -> None:
     """The largest weight is 1 exactly: differences come before the exponential."""
     query = torch.full((1, 1, 3, 8), 3e3, device=DEVICE)
     key = torch.eye(8, device=DEVICE)[None, None] * 1e3
     value = torch.randn(1, 1, 8, 8, device=DEVICE)
-    output = attention(query, key, value, scale=1.0, backend="cuda")
+    output = attention(query, key, value, scale=1.0, backend=backend)
     assert_matches(output, value.mean(2, keepdim=True).expand(1, 1, 3, 8).contiguous(),
                    op="attention", dtype=torch.float32)  # fmt: skip
 
 
+@each_backend
 @pytest.mark.parametrize(
     ("dtype", "features", "text"),
     [
@@ -339,24 +351,56 @@ def test_large_scores() -> None:
         (torch.float32, 257, "query has 257 features, of which the kernels take 256"),
     ],
 )
-def test_what_the_kernels_do_not_take(dtype: torch.dtype, features: int, text: str) -> None:
+def test_what_the_kernels_do_not_take(
+    dtype: torch.dtype, features: int, text: str, backend: str
+) -> None:
     inputs = [torch.randn(1, 1, 4, features, dtype=dtype, device=DEVICE) for _ in range(3)]
     with pytest.raises(RuntimeError, match=text):
-        attention(*inputs, backend="cuda")
+        attention(*inputs, backend=backend)
 
 
-def test_what_a_graphs_capture_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_attention, "is_capturing", lambda device: True)
-    monkeypatch.setattr(cuda_attention, "_loaded", set())
+@each_backend
+def test_what_a_graphs_capture_cannot_take(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = [True]
+    module = {"cuda": cuda_attention, "triton": triton_attention}[backend]
+    for place in module, launch:
+        monkeypatch.setattr(place, "is_capturing", lambda device: captures[0])
+        monkeypatch.setattr(place, "_loaded", set(), raising=False)
+    kernels = registry.BACKENDS[backend]
 
-    def refusal(**changes: Any) -> str | None:
-        return cuda_attention.refuse(native(), request(**changes), DEVICE)
+    def refusal(**changes: Any) -> str:
+        return kernels.supports_attention(request(**changes)) or ""
 
-    assert "same numbers for dropout" in (refusal(dropout=0.1) or "")
-    assert "needs a call before it" in (refusal() or "")
+    assert "same numbers for dropout" in refusal(dropout=0.1)
+    assert "needs a call before it" in refusal()
     with pytest.raises(RuntimeError, match="same numbers for dropout"):
-        cuda_attention.forward(native(), request(dropout=0.1, seed=torch.tensor(3)))
-    cuda_attention.forward(native(), request())
+        registry.kernels(backend).attention_forward(request(dropout=0.1, seed=torch.tensor(3)))
+    captures[0] = False
+    registry.kernels(backend).attention_forward(request())
+    captures[0] = True
+    assert not refusal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_with_gradients_needs_both_passes_before_it(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compiles each kernel at its first launch."""
+    monkeypatch.setattr(launch, "_loaded", set())
+    asked = request()
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in (asked.query, asked.key, asked.value)]
+    asked = AttentionRequest(*leaves, scale=0.5)
+    kernels = registry.BACKENDS["triton"]
+    with torch.no_grad():
+        output, logsumexp = registry.kernels("triton").attention_forward(asked)
+
+    def refusal() -> str | None:
+        with monkeypatch.context() as capture:
+            capture.setattr(triton_attention, "is_capturing", lambda device: True)
+            return kernels.supports_attention(asked)
+
+    assert refusal() is not None
+    registry.kernels("triton").attention_backward(asked, output, output, logsumexp, False, False)
     assert refusal() is None
 
 
@@ -365,45 +409,49 @@ def request(**changes: Any) -> AttentionRequest:
     return AttentionRequest(*tensors, scale=0.5, **changes)
 
 
+@each_backend
 def test_kernels_that_fail_their_self_check_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FASTOPT_SELFCHECK", "on")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(attention_self_check, "CASES", attention_self_check.CASES[:2])
     selfcheck.forget()
-    backend = registry.BACKENDS["cuda"]
-    assert backend.supports_attention(request()) is None
+    kernels = registry.kernels(backend)
+    assert registry.BACKENDS[backend].supports_attention(request()) is None
     selfcheck.forget()
     for file in selfcheck.cache_directory().glob("*"):
         file.unlink()
-    run = native().attention_forward
+    run = kernels.attention_forward
 
-    def wrong(layer: Any, output: Tensor, *rest: Any) -> None:
-        run(layer, output, *rest)
-        output += 0.1
+    def wrong(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        output, logsumexp = run(*arguments, **keywords)
+        return output + 0.1, logsumexp
 
-    monkeypatch.setattr(native(), "attention_forward", wrong)
+    monkeypatch.setattr(kernels, "attention_forward", wrong)
     with pytest.warns(RuntimeWarning, match="kernels for attention failed their self-check"):
-        reason = backend.supports_attention(request())
+        reason = registry.BACKENDS[backend].supports_attention(request())
     assert reason is not None and "failed their self-check on this card (bf16, " in reason
     selfcheck.forget()
 
 
-def test_opcheck() -> None:
+@each_backend
+def test_opcheck(backend: str) -> None:
     inputs = [torch.randn(1, 2, n, 3, device=DEVICE, requires_grad=True) for n in (4, 5, 5)]
     bias = torch.randn(1, 1, 4, 5, device=DEVICE, requires_grad=True)
-    numbers = (0.2, 0.5, 0.0, -1, 0, False, False, "cuda")
+    numbers = (0.2, 0.5, 0.0, -1, 0, False, False, backend)
     arguments = (*inputs, bias, *(None,) * 6, torch.tensor(3), *numbers)
     torch.library.opcheck(torch.ops.fastopt.attention, arguments)
 
 
-def test_a_module_trains() -> None:
+@each_backend
+def test_a_module_trains(backend: str) -> None:
     torch.manual_seed(0)
     ours = nn.MultiheadAttention(24, 3, batch_first=True).to(DEVICE)
     stock = torch.nn.MultiheadAttention(24, 3, batch_first=True).to(DEVICE)
     stock.load_state_dict(ours.state_dict())
     data = torch.randn(2, 9, 24, device=DEVICE)
-    with use_backend("cuda"):
+    with use_backend(backend):
         output, _ = ours(data, data, data, need_weights=False)
         output.sin().sum().backward()
     expected, _ = stock(data, data, data, need_weights=False)

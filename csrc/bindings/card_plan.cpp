@@ -1,0 +1,173 @@
+#include "bindings/card_plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+
+#include "bindings/group_rules.h"
+
+namespace py = pybind11;
+
+namespace fastopt {
+
+namespace {
+
+// A float, or (address, is double) of a number on the device.
+Scalar scalar_of(py::handle value) {
+  if (!py::isinstance<py::tuple>(value)) return {py::cast<double>(value), nullptr, false};
+  const auto [address, is_double] = py::cast<std::pair<uintptr_t, bool>>(value);
+  return {0, reinterpret_cast<const void*>(address), is_double};
+}
+
+}  // namespace
+
+CardPlan::CardPlan(py::dict state, py::list groups, int device_type, int device_index,
+                   bool counts_here_on_host, int most_tasks)
+    : StepPlan(state, groups, {device_type, device_index}, counts_here_on_host) {
+  for (int group = 0; group < static_cast<int>(group_sizes_.size()); ++group) {
+    for (int dtype = 0; dtype < kDTypes; ++dtype) {
+      for (size_t i = 0; i < entries_.size(); ++i) {
+        const Entry& entry = entries_[i];
+        if (entry.service != Service::kServed || entry.group != group ||
+            entry.layout.dtype != static_cast<DType>(dtype)) {
+          continue;
+        }
+        const int task = static_cast<int>(tasks_.size());
+        if (parts_.empty() || parts_.back().group != group ||
+            parts_.back().dtype != entry.layout.dtype || task - parts_.back().begin == most_tasks) {
+          parts_.push_back({group, entry.layout.dtype, task, task, chunks_, chunks_});
+        }
+        tasks_.push_back(i);
+        first_chunks_.push_back(chunks_);
+        chunks_ += chunks_of(entry.numel);
+        parts_.back().end = task + 1;
+        parts_.back().chunk_end = chunks_;
+      }
+    }
+  }
+}
+
+int64_t CardPlan::table_bytes() const {
+  const auto walks = std::count_if(tasks_.begin(), tasks_.end(),
+                                   [&](size_t i) { return entries_[i].walk != nullptr; });
+  return static_cast<int64_t>(tasks_.size() * sizeof(DeviceTask) + walks * sizeof(Walk));
+}
+
+py::bytes CardPlan::table(uintptr_t address) const {
+  std::string bytes(static_cast<size_t>(table_bytes()), '\0');
+  size_t walk_place = tasks_.size() * sizeof(DeviceTask);
+  for (size_t t = 0; t < tasks_.size(); ++t) {
+    const Entry& entry = entries_[tasks_[t]];
+    DeviceTask task = {};
+    task.operands[kParam] = entry.fingerprint.data();
+    if (entry.average) task.operands[kAverage] = entry.average->fingerprint.data();
+    for (size_t k = 0; k < entry.slots.size(); ++k) {
+      task.operands[kFirstSlot + k] = entry.slots[k].fingerprint.data();
+    }
+    if (!entry.counts_on_host) {
+      task.step = entry.step->fingerprint.data();
+      task.step_is_double = entry.step->layout.dtype == DType::kFloat64;
+    }
+    task.numel = entry.numel;
+    task.first_chunk = first_chunks_[t];
+    task.grad_is_dense = entry.grad.is_dense;
+    if (entry.walk) {
+      task.walk = reinterpret_cast<const Walk*>(address + walk_place);
+      std::memcpy(&bytes[walk_place], entry.walk.get(), sizeof(Walk));
+      walk_place += sizeof(Walk);
+    }
+    std::memcpy(&bytes[t * sizeof(DeviceTask)], &task, sizeof task);
+  }
+  return py::bytes(bytes);
+}
+
+// Tasks that the host counts go together where they are at the same step; those that share memory
+// with another go one after the other.
+std::vector<CardPlan::Batch> CardPlan::batches_of(const Part& part) {
+  std::vector<Batch> batches;
+  const Gradients left_alone(part.end - part.begin, kLeaveAlone);
+  const auto open = [&](double step) -> Batch& {
+    return batches.emplace_back(Batch{step, left_alone});
+  };
+  for (int task = part.begin; task < part.end; ++task) {
+    Entry& entry = entries_[tasks_[task]];
+    const bool has_grad = static_cast<bool>(entry.grad.tensor);
+    if (!has_grad && (!entry.average || entry.is_refused)) continue;
+    void* grad = entry.grad.data ? entry.grad.data : kNoElements;
+    double step = 0;  // of one that is only averaged, or counted on the device
+    if (has_grad && entry.counts_on_host) step = advance_step(entry);
+    Batch* batch = nullptr;
+    if (!entry.runs_alone) {
+      for (Batch& other : batches) {
+        if (!has_grad || other.step == step || other.step == 0) batch = &other;
+      }
+    }
+    if (!batch) batch = &open(step);
+    if (has_grad && batch->step == 0) batch->step = step;
+    batch->grads[task - part.begin] = has_grad ? grad : nullptr;
+    if (entry.runs_alone) open(0);
+  }
+  batches.erase(std::remove_if(batches.begin(), batches.end(),
+                               [&](const Batch& batch) { return batch.grads == left_alone; }),
+                batches.end());
+  return batches;
+}
+
+CardPlan::Gradients CardPlan::gradients_of(const Part& part) const {
+  Gradients grads;
+  for (int task = part.begin; task < part.end; ++task) {
+    const Entry& entry = entry_of(task);
+    grads.push_back(entry.grad.tensor ? entry.grad.data : nullptr);
+  }
+  return grads;
+}
+
+py::list CardPlan::step(py::tuple rules, py::tuple surroundings, uintptr_t functors,
+                        const UpdateRuleInfo* rule_info, int rule_count, const Launch& launch) {
+  refuse_other_threads();
+  const std::vector<GroupRule> group_rules =
+      parse_rules(rules, group_sizes_.size(), rule_info, rule_count);
+  const auto [grad_scale, clip_value, changes, zero_grad, averages, weight, found_inf] =
+      py::cast<std::tuple<py::object, double, bool, bool, bool, double, uintptr_t>>(surroundings);
+  const DeviceTail tail{scalar_of(grad_scale),
+                        clip_value,
+                        changes,
+                        zero_grad,
+                        averages,
+                        weight,
+                        reinterpret_cast<const float*>(found_inf)};
+  for (const Entry& entry : entries_) {
+    check_slots(entry, rule_info[group_rules[entry.group].rule].slots);
+  }
+  py::list written;
+  for (Entry& entry : entries_) {
+    if (!entry.grad.tensor) continue;
+    note_written(entry, zero_grad || changes, written);
+    if (zero_grad) detach_gradient(entry);
+  }
+  for (const Part& part : parts_) {
+    const GroupRule& group = group_rules[part.group];
+    StepRule rule{group.rule, group.weight_decay, scalar_of(group.decay), group.maximize, {}, 0,
+                  nullptr};
+    bool on_device = false;
+    for (size_t i = 0; i < group.hyperparameters.size(); ++i) {
+      rule.hyperparameters[i] = scalar_of(group.hyperparameters[i]);
+      on_device = on_device || rule.hyperparameters[i].address;
+    }
+    for (int task = part.begin; task < part.end; ++task) {
+      on_device = on_device || !entry_of(task).counts_on_host;
+    }
+    if (on_device) rule.functors = reinterpret_cast<unsigned char*>(functors);
+    for (const Batch& batch : batches_of(part)) {
+      rule.step = batch.step;
+      launch(part, rule, tail, batch.grads);
+    }
+  }
+  for (Entry& entry : entries_) {
+    if (entry.grad.tensor) entry.is_new = false;
+  }
+  release();
+  return written;
+}
+
+}  // namespace fastopt

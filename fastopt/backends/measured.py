@@ -1,0 +1,21 @@
+"""Where another backend than the usual one is the fastest, as cards have shown."""
+
+from __future__ import annotations
+
+import torch
+
+from fastopt.backends.contract import Request
+from fastopt.backends.measured_table import FASTEST
+
+
+def fastest_measured(request: Request) -> str | None:
+    """The backend that ``auto`` asks first, or None where nothing was measured."""
+    if not FASTEST or request.device.type != "cuda":
+        return None
+    return FASTEST.get((request.operator, str(request.dtype), _capability(request.device)))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

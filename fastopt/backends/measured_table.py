@@ -1,0 +1,6 @@
+"""Written by ``python -m bench --render`` from ``bench/results/gpu-*.json``."""
+
+from __future__ import annotations
+
+# Backends by operator, dtype and compute capability, where not the first of the usual order.
+FASTEST: dict[tuple[str, str, int], str] = {}

@@ -1,0 +1,1 @@
+"""Triton's functions, one file for each operator. Importing one imports Triton."""

@@ -1,0 +1,167 @@
+"""Optimizer steps by Triton's kernels: a launch for each group and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt import _native_cpu
+from fastopt.backends.card_plan import CardPlan, CardPlans, Planned
+from fastopt.backends.contract import Created, ParameterRequest, SteppedOptimizer
+from fastopt.backends.cpu import MISSING_IN_TORCH
+from fastopt.backends.cuda_context import is_capturing
+from fastopt.backends.plain_tensors import REAL_DTYPES, refuse_request
+from fastopt.backends.triton import launch
+
+# Of a program. Each thread has 16 bytes of each operand on their way, and there are registers for
+# two programs on a multiprocessor: 32 KB of AdamW's loads, more than the latency of an H100's
+# memory asks for.
+WARPS = 8
+WIDE_BYTES = 16 * 32 * WARPS
+# Elements at a time where they are not read 16 bytes at a time.
+ELEMENTS = 256
+# Tasks whose steps one program counts.
+TASKS = 128
+
+NOT_LOADED = "the kernels have not run yet, and a graph's capture cannot compile them"
+
+
+def refuse(request: ParameterRequest, device: str) -> str | None:
+    """Why the kernels do not step a parameter, or None."""
+    if request.param.device.type != device:
+        return f"the parameter is on {request.param.device}"
+    if MISSING_IN_TORCH:
+        return MISSING_IN_TORCH
+    if request.rule not in _native_cpu.update_rules:
+        return f"no kernel has the update rule {request.rule!r}"
+    dtype = request.param.dtype.to_real()
+    if dtype in REAL_DTYPES and not _can_run(
+        request.device, "_optimizer_step_kernel", request.rule, REAL_DTYPES.index(dtype)
+    ):
+        return NOT_LOADED
+    return refuse_request(request, device)
+
+
+def plan(
+    optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]], created: Created
+) -> CardPlans:
+    """Reads addresses and layouts once for many steps, card by card."""
+    return CardPlans(TritonPlan, optimizer, served, created)
+
+
+def _can_run(device: torch.device, *kernel: Any) -> bool:
+    return not is_capturing(device) or launch.is_loaded(device, *kernel)
+
+
+class Uploaded:
+    """Words on a card, brought there whenever they are others than before.
+
+    What has been brought is never written again: a captured graph may read it.
+
+    Args:
+        device: The card.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.there = torch.empty(0, dtype=torch.int64, device=device)
+        self.staged: Tensor | None = None
+
+    def bring(self, words: memoryview) -> None:
+        """Copies on the current stream."""
+        here = torch.frombuffer(words, dtype=torch.int64)
+        if self.staged is None or not torch.equal(here, self.staged):
+            # Fresh memory: the copy of another step may not have been made yet.
+            pinned = self._device.type != "cpu"
+            self.staged = torch.empty_like(here, pin_memory=pinned).copy_(here)
+            self.there = self.staged.to(self._device, non_blocking=True)
+
+
+class TritonPlan(CardPlan):
+    """Launches from Python what the native plan says."""
+
+    def __init__(self, optimizer: SteppedOptimizer, planned: Planned, device: torch.device) -> None:
+        super().__init__(_native_cpu.TritonPlan, optimizer, planned, device)
+        self._records = Uploaded(device)
+        self._norm_records = Uploaded(device)
+
+    def _norm(self, grads: list[Tensor], order: float) -> Tensor:
+        if order != 2:
+            return _norm_by_torch(grads, order)
+        launches = self._native.measure(self._table.data_ptr())
+        partials = torch.zeros(self._native.chunk_count, dtype=torch.float64, device=self._device)
+        if launches:
+            self._norm_records.bring(self._native.records())
+            self._stream()
+        for dtype, place, chunks in launches:
+            self._run(
+                "_grad_norm_kernel", chunks, (dtype,), self._norm_records.there, place, partials,
+                **_tiles(dtype),
+            )  # fmt: skip
+        return partials.sum().sqrt()
+
+    def _launch(self, rules: tuple[Any, ...], tail: tuple[Any, ...]) -> list[Tensor]:
+        written: list[Tensor]
+        written, launches = self._native.run(
+            rules, tail, self._table.data_ptr(), self._functors.data_ptr()
+        )
+        if launches:
+            self._records.bring(self._native.records())
+            self._stream()
+        for rule, slots, dtype, place, tasks, chunks in launches:
+            record = self._records.there, place
+            tiles = _tiles(dtype)
+            self._run(
+                "_advance_steps_kernel", -(-tasks // TASKS), (rule, dtype), *record,
+                RULE=rule, STORED=tiles["STORED"], BLOCK=TASKS,
+            )  # fmt: skip
+            self._run(
+                "_optimizer_step_kernel", chunks, (rule, dtype), *record,
+                RULE=rule, SLOTS=slots, **tiles,
+            )  # fmt: skip
+        return written
+
+    def _run(
+        self, kernel: str, programs: int, variant: tuple[Any, ...], *arguments: Any, **options: Any
+    ) -> None:
+        """Launches a kernel; ``variant`` is what its constants hang on."""
+        if programs == 0:
+            return
+        if not _can_run(self._device, kernel, *variant):
+            raise RuntimeError(NOT_LOADED)
+        function = getattr(launch.kernels("optimizer_step"), kernel)
+        launch.launch(function, (programs,), self._device, *arguments, **options)
+        launch.mark_loaded(self._device, kernel, *variant)
+
+    def _read(self) -> tuple[Tensor, ...]:
+        return (*super()._read(), self._records.there, self._norm_records.there)
+
+    def _leave_to_graph(self) -> tuple[Tensor | None, ...]:
+        """A graph copies at each replay, not now: what it brings is not there yet."""
+        left = (*self._read(), self._records.staged, self._norm_records.staged)
+        self._records.staged = self._norm_records.staged = None
+        return left
+
+
+def _tiles(dtype: int) -> dict[str, Any]:
+    """The constants of kernels that read a chunk, and their warps."""
+    return {
+        "STORED": launch.kernels("optimizer_step").STORAGE[dtype],
+        "CHUNK": _native_cpu.chunk,
+        "WIDE": WIDE_BYTES // REAL_DTYPES[dtype].itemsize,
+        "ELEMENTS": ELEMENTS,
+        "num_warps": WARPS,
+    }
+
+
+def _norm_by_torch(grads: list[Tensor], order: float) -> Tensor:
+    """Orders other than 2, which are rare."""
+    if order == 0 or any(grad.is_complex() for grad in grads):
+        return torch.nn.utils.get_total_norm(grads, order).double()
+    there = [grad for grad in grads if grad.numel()]
+    norms = torch._foreach_norm(there or grads, order, torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), order)
+    return norm
