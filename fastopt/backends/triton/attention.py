@@ -15,16 +15,8 @@ from fastopt.backends.attention_requests import KernelArguments
 from fastopt.backends.contract import AttentionRequest
 from fastopt.backends.cuda_attention import DROPS_THE_SAME, DTYPES
 from fastopt.backends.cuda_context import is_capturing, multiplies_in_tf32
-from fastopt.backends.triton import attention_tiles
+from fastopt.backends.triton import attention_tiles, launch
 from fastopt.backends.triton.attention_tiles import Kernel, Scores, Tile
-from fastopt.backends.triton.launch import (
-    capability,
-    is_loaded,
-    kernels,
-    launch,
-    mark_loaded,
-    processors,
-)
 
 MOST_FEATURES = 256
 
@@ -53,7 +45,9 @@ def refuse(request: AttentionRequest, device: str) -> str | None:
             for tensor in (request.query, request.key, request.value, request.bias, request.sinks)
         ):
             passes.append("backward")
-        if not all(is_loaded(request.device, *_compiled_apart(name, request)) for name in passes):
+        if not all(
+            launch.is_loaded(request.device, *_compiled_apart(name, request)) for name in passes
+        ):
             return "a graph's capture needs a call before it, which compiles the kernels"
     return None
 
@@ -81,7 +75,7 @@ def _begin(name: str, request: AttentionRequest) -> None:
         if request.dropout > 0:  # of compiled code, say
             raise RuntimeError(DROPS_THE_SAME)
     else:
-        mark_loaded(request.device, *_compiled_apart(name, request))
+        launch.mark_loaded(request.device, *_compiled_apart(name, request))
 
 
 class Layer(NamedTuple):
@@ -154,7 +148,7 @@ class Call:
         }
         self.device = query.device
         self._tile_key = (
-            capability(self.device), query.dtype, tf32, max(query.size(3), value.size(3)),
+            launch.capability(self.device), query.dtype, tf32, max(query.size(3), value.size(3)),
             Scores.PLAIN if is_plain else Scores.GENERAL,
         )  # fmt: skip
 
@@ -172,7 +166,7 @@ class Call:
         self, kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any
     ) -> None:
         """Launches a kernel over tiles of scores."""
-        launch(
+        launch.launch(
             kernel, grid, self.device, *arguments, self.layer, *self.numbers,
             num_warps=tile.warps, num_stages=tile.stages, fuses=False, TILE_QUERIES=tile.queries,
             TILE_KEYS=tile.keys, **self.constants, **constants,
@@ -221,7 +215,7 @@ def _launch_forward(
 ) -> None:  # fmt: skip
     unit = _unit(*call.operands, output)
     call.launch(
-        kernels("attention_forward")._attention_forward_kernel, grid, tile,
+        launch.kernels("attention_forward")._attention_forward_kernel, grid, tile,
         *_laid_out(unit, *call.operands, output), logsumexp,
         UNIT=unit, PACKED=packed, SPLIT=len(grid) > 2,
     )  # fmt: skip
@@ -233,7 +227,7 @@ def _run_few(call: Call, output: Tensor, logsumexp: Tensor) -> None:
     is_small = call.mean_queries * packed <= DECODED_ROWS
     tile = call.tile(Kernel.DECODE if is_small else Kernel.FORWARD)
     programs = call.tiles(call.query_rows * packed, tile.queries), call.key_heads
-    wanted = 2 * processors(call.device) // (programs[0] * programs[1])
+    wanted = 2 * launch.processors(call.device) // (programs[0] * programs[1])
     splits = min(wanted, MOST_SPLITS, call.key_rows // LEAST_SPLIT)
     if splits <= 1 or call.layer.query_starts is not None:
         _launch_forward(call, programs, tile, output, logsumexp, packed)
@@ -242,8 +236,8 @@ def _run_few(call: Call, output: Tensor, logsumexp: Tensor) -> None:
     sums = logsumexp.new_empty((splits, *logsumexp.shape))
     _launch_forward(call, (*programs, splits), tile, parts[0], sums, packed)
     count = logsumexp.numel()
-    launch(
-        kernels("attention_forward")._attention_merge_kernel,
+    launch.launch(
+        launch.kernels("attention_forward")._attention_merge_kernel,
         (-(-count // attention_tiles.MERGED_ROWS),), call.device,
         parts, sums, *_laid_out(1, output), logsumexp, call.layer.sinks,
         count, call.query_rows, call.heads, splits,
@@ -269,8 +263,8 @@ def backward(
         deltas = torch.empty_like(logsumexp)
         count, rows = deltas.numel(), attention_tiles.DELTA_ROWS
         both_unit = _unit(output, gradient)
-        module = kernels("attention_backward")
-        launch(
+        module = launch.kernels("attention_backward")
+        launch.launch(
             module._attention_delta_kernel, (-(-count // rows),), call.device,
             *_laid_out(both_unit, output, gradient), deltas, count, call.query_rows, call.heads,
             VALUE_FEATURES=output.size(3), UNIT=both_unit, TILE_ROWS=rows,
@@ -304,8 +298,8 @@ def _run_bias_gradient(call: Call, read: tuple[Any, ...], sums: Tensor, unit: in
     squares = -(-call.query_rows // tile.queries) * -(-call.key_rows // tile.keys)
     batches, heads = sums.shape[:2]
     constants = {name: value for name, value in call.constants.items() if name != "GENERAL"}
-    launch(
-        kernels("attention_backward")._attention_bias_gradient_kernel,
+    launch.launch(
+        launch.kernels("attention_backward")._attention_bias_gradient_kernel,
         (squares * batches * heads,), call.device,
         *read, sums, call.layer, *call.numbers, batches, heads,
         num_warps=tile.warps, num_stages=tile.stages, fuses=False, TILE_QUERIES=tile.queries,

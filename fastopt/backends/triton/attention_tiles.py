@@ -57,7 +57,7 @@ _HALF: dict[int, Table] = {
         (Kernel.KEY_GRADIENT, Scores.PLAIN): ((64, 128, 8, 3), (64, 64, 8, 2), (32, 32, 8, 1)),
         (Kernel.KEY_GRADIENT, Scores.GENERAL): ((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
         (Kernel.QUERY_GRADIENT, Scores.PLAIN): ((128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
-        (Kernel.BIAS_GRADIENT, Scores.GENERAL): ((64, 32, 4, 2), (64, 32, 8, 1), (32, 16, 4, 2)),
+        (Kernel.BIAS_GRADIENT, Scores.GENERAL): ((64, 32, 8, 2), (64, 32, 8, 1), (32, 16, 4, 2)),
     },
     90: {
         (Kernel.FORWARD, Scores.PLAIN): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
