@@ -529,6 +529,26 @@ def test_compiles_into_one_graph(reduction: str, options: LinearCrossEntropyOpti
         assert_matches(gradient, value, op=table_of("gradient"), dtype=torch.float32)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_once_for_any_number_of_rows(reduction: str) -> None:
+    """And for any weight of what is added to the loss."""
+
+    def call(input: Tensor, weight: Tensor, target: Tensor, z_loss: float) -> Tensor:
+        loss = linear_cross_entropy(input, weight, target, reduction=reduction, z_loss=z_loss)
+        return loss.sum()
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    input, weight, target = small(torch.float32, requires_grad=True)
+    for rows in (5, 3, 2):
+        given = input[:rows], weight, target[:rows], 0.1 * rows
+        expected = torch.autograd.grad(call(*given), [input, weight])
+        for gradient, value in zip(
+            torch.autograd.grad(compiled(*given), [input, weight]), expected, strict=True
+        ):
+            assert_matches(gradient, value, op=table_of("gradient"), dtype=torch.float32)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "dual", "grad", "hessian"])
 @pytest.mark.parametrize("options", [None, LinearCrossEntropyOptions()])
 def test_transforms_go_to_torch(transform: str, options: LinearCrossEntropyOptions | None) -> None:

@@ -179,7 +179,7 @@ def check_extras(softcap: float, z_loss: float) -> None:
     """Raises ValueError for what is out of its range."""
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and not negative, got {softcap}")
-    if not math.isfinite(z_loss):
+    if not -math.inf < z_loss < math.inf:  # which Dynamo follows where the number is symbolic
         raise ValueError(f"z_loss must be finite, got {z_loss}")
 
 
