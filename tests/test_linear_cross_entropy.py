@@ -662,6 +662,14 @@ def test_k_dimensional_losses(probabilities: bool, extras: dict[str, float]) -> 
         assert torch.equal(actual, stock(input, weight, target, linear_bias=bias))
 
 
+@needs_stock
+@pytest.mark.parametrize("bias", [None, torch.randn(7)], ids=["plain", "bias"])
+def test_no_features_as_stock(bias: Tensor | None) -> None:
+    given = torch.zeros(4, 0), torch.zeros(7, 0), torch.tensor([0, 6, -100, 3])
+    actual = linear_cross_entropy(*given, linear_bias=bias)
+    assert torch.equal(actual, stock(*given, linear_bias=bias))
+
+
 Shape = tuple[int, ...]
 WRONG: dict[str, tuple[tuple[Shape, Shape, Shape], dict[str, Any]]] = {
     "input of 3 dimensions": (((2, 4, 3), (7, 3), (2,)), {}),

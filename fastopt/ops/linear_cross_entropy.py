@@ -163,8 +163,8 @@ def stock_linear_cross_entropy(request: LinearCrossEntropyRequest) -> Tensor:
     weight, bias, target = request.linear_weight, request.linear_bias, request.target
     logits = torch_functional.linear(
         request.input,
-        weight.reshape(-1, weight.size(-1)),
-        None if bias is None else bias.reshape(-1),
+        weight.flatten(0, -2),
+        None if bias is None else bias.flatten(),
     )
     logits = logits.reshape(*request.input.shape[:-1], *weight.shape[:-1])
     if request.softcap:
