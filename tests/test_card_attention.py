@@ -404,6 +404,20 @@ def test_a_graph_with_gradients_needs_both_passes_before_it(
     assert refusal() is None
 
 
+def test_masks_may_have_more_elements_than_32_bits_can_count() -> None:
+    """Of the last head; what lies between is memory that nobody touches."""
+    head = 2**30 + 64
+    rows = torch.empty(2 * head + 64, dtype=torch.bool, device=DEVICE)
+    mask = rows.as_strided((1, 3, 4, 8), (0, head, 8, 1))
+    mask[:] = torch.rand(1, 3, 4, 8, device=DEVICE) > 0.3
+    mask[..., 0] = True
+    query, key = (torch.randn(1, 3, length, 16, device=DEVICE) for length in (4, 8))
+    asked = AttentionRequest(query, key, key, allowed=mask, scale=0.3)
+    output, _ = registry.kernels("triton").attention_forward(asked)
+    expected = stock_attention(query, key, key, attn_mask=mask.contiguous(), scale=0.3)
+    assert_matches(output, expected, op="attention", dtype=torch.float32)
+
+
 def request(**changes: Any) -> AttentionRequest:
     tensors = [torch.randn(1, 2, 5, 8, device=DEVICE) for _ in range(3)]
     return AttentionRequest(*tensors, scale=0.5, **changes)

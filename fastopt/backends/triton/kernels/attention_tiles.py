@@ -209,7 +209,8 @@ def score_of(product, query, key, queries, diagonal, sequence, head, layer):
         slope = tl.load(layer.slopes + sequence * layer.heads + head)
         score -= tl.abs((key - query - diagonal).to(tl.float32)) * slope
     if layer.mask is not None:
-        rows = sequence.to(tl.int64) * layer.mask_strides[0] + head * layer.mask_strides[1]
+        rows = sequence.to(tl.int64) * layer.mask_strides[0]
+        rows += tl.cast(head, tl.int64) * layer.mask_strides[1]
         rows += query.to(tl.int64) * layer.mask_strides[2]
         # Not the sequence's own keys: of its columns the compiler knows when they are a multiple
         # of 16, and loads several at once.
