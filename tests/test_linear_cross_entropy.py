@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
 import subprocess
@@ -21,7 +22,10 @@ from torch.autograd import forward_ad
 import fastopt
 from cards import BACKENDS, CARD_BACKENDS, card, placed  # noqa: F401 (a fixture)
 from fastopt import _native_cpu, use_backend
-from fastopt.backends import selfcheck
+from fastopt.backends import registry, selfcheck
+from fastopt.backends.contract import LinearCrossEntropyRequest
+from fastopt.backends.triton import launch
+from fastopt.backends.triton import linear_cross_entropy as triton_linear_cross_entropy
 from fastopt.nn import LinearCrossEntropyLoss, LinearCrossEntropyOptions, torch_2_13
 from fastopt.nn.functional import linear_cross_entropy
 from linear_cross_entropy_cases import (
@@ -310,6 +314,33 @@ def test_the_self_check_passes(card: Any) -> None:  # noqa: F811
     device = torch.device(card.device)
     outcomes = selfcheck.run("linear_cross_entropy", card, device)
     assert len(outcomes) > 10 and not [outcome for outcome in outcomes if outcome.error]
+
+
+def test_a_graphs_capture_needs_the_kernels_that_it_launches(
+    card: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton compiles the one with gradients at its own first launch."""
+    monkeypatch.setattr(launch, "_loaded", set())
+    kernels = registry.kernels("triton")
+    asked = LinearCrossEntropyRequest(*placed(small(torch.float32), "triton"))
+
+    def is_refused(request: LinearCrossEntropyRequest) -> bool:
+        with monkeypatch.context() as capture:
+            capture.setattr(triton_linear_cross_entropy, "is_capturing", lambda device: True)
+            reason = registry.BACKENDS["triton"].supports_linear_cross_entropy(request)
+        assert reason is None or "needs a call before it" in reason
+        return reason is not None
+
+    assert is_refused(asked)
+    kernels.linear_cross_entropy_forward(asked, [False] * 3)
+    assert not is_refused(asked) and not is_refused(dataclasses.replace(asked, ignore_index=16))
+    asked.input.requires_grad_()
+    assert is_refused(asked)
+    with torch.no_grad():
+        assert not is_refused(asked)
+        kernels.linear_cross_entropy_forward(asked, [True, False, False])
+    assert not is_refused(asked) and is_refused(dataclasses.replace(asked, reduction="none"))
 
 
 # Autograd.

@@ -30,16 +30,21 @@ def refuse(request: LinearCrossEntropyRequest, device: str) -> str | None:
     """Why the kernel does not run this layer, or None."""
     if reason := refuse_linear_cross_entropy(request, device):
         return reason
-    if is_capturing(request.device) and not is_loaded(request.device, FAMILY, *_of(request)):
-        return "a graph's capture needs a call before it, which loads the kernels"
+    if is_capturing(request.device):
+        leaves = request.input, request.linear_weight, request.linear_bias
+        is_trained = torch.is_grad_enabled() and any(
+            leaf is not None and leaf.requires_grad for leaf in leaves
+        )
+        if not is_loaded(request.device, FAMILY, *_of(request, is_trained)):
+            return "a graph's capture needs a call before it, which compiles the kernels"
     return None
 
 
-def _of(request: LinearCrossEntropyRequest) -> tuple[Any, ...]:
-    """What is compiled apart."""
+def _of(request: LinearCrossEntropyRequest, with_gradients: bool) -> tuple[Any, ...]:
+    """What is compiled apart, and whether gradients of losses by row are waited for."""
     options = request.label_smoothing, request.softcap, bool(request.z_loss)
-    given = has_probabilities(request), request.weight is not None
-    return request.input.dtype, request.linear_weight.size(0), *options, *given
+    given = has_probabilities(request), request.weight is not None, request.reduction == "none"
+    return request.input.dtype, request.linear_weight.size(0), *options, *given, with_gradients
 
 
 def _chunks(request: LinearCrossEntropyRequest) -> Chunks:
@@ -66,7 +71,7 @@ def _chunks(request: LinearCrossEntropyRequest) -> Chunks:
             CAP=rows.softcap if _can_be_divided_by(rows.softcap, rows.losses.dtype) else 0.0,
             BLOCK=BLOCK // 2 if size == 8 else BLOCK,
         )
-        mark_loaded(rows.logits.device, FAMILY, *_of(request))
+        mark_loaded(rows.logits.device, FAMILY, *_of(request, rows.loss_scale is not None))
 
     return Chunks(
         kernel,

@@ -38,7 +38,12 @@ def shares_of(probabilities_ptr, class_weights_ptr, classes, inside, uniform, ce
     return shares
 
 
-@triton.jit
+# Numbers of rows, of which a chunk may begin anywhere, and what no address is a multiple of: one
+# compiled kernel is for all of them.
+_OF_ROWS = ("targets_ptr", "loss_scale_ptr", "z_scale_ptr", "losses_ptr", "logsumexps_ptr")
+
+
+@triton.jit(do_not_specialize=("ignore_index",), do_not_specialize_on_alignment=_OF_ROWS)
 def _cross_entropy_kernel(
     logits_ptr,
     targets_ptr,
