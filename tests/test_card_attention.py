@@ -404,6 +404,20 @@ def test_a_graph_with_gradients_needs_both_passes_before_it(
     assert refusal() is None
 
 
+def test_a_capture_needs_a_call_of_as_many_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler makes use of their number where it is one or a multiple of 16."""
+    monkeypatch.setattr(launch, "_loaded", set())
+
+    def asked(heads: int) -> AttentionRequest:
+        return AttentionRequest(*torch.randn(3, 1, heads, 32, 8, device=DEVICE), scale=0.5)
+
+    registry.kernels("triton").attention_forward(asked(2))
+    monkeypatch.setattr(triton_attention, "is_capturing", lambda device: True)
+    kernels = registry.BACKENDS["triton"]
+    assert kernels.supports_attention(asked(2)) is None
+    assert "needs a call before it" in (kernels.supports_attention(asked(1)) or "")
+
+
 def test_masks_may_have_more_elements_than_32_bits_can_count() -> None:
     """Of the last head; what lies between is memory that nobody touches."""
     head = 2**30 + 64

@@ -60,7 +60,7 @@ def _compiled_apart(name: str, request: AttentionRequest) -> tuple[Any, ...]:
         few = *request.query.shape[:3], request.key.size(2) >= 2 * LEAST_SPLIT
     return (
         name, request.query.dtype, multiplies_in_tf32(), few,
-        request.query.size(1) // request.key.size(1), request.softcap != 0, request.scale > 0,
+        request.query.size(1), request.key.size(1), request.softcap != 0, request.scale > 0,
         request.left < 0, request.right < 0, request.bottom_right,
         *[tensor is None for tensor in (request.slopes, request.sinks, request.query_starts,
                                         request.used_keys)],

@@ -298,7 +298,8 @@ def _attention_query_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=["sequences", "query_rows", "key_rows", "left", "right",
-                               "threshold", "seed_low", "seed_high"])  # fmt: skip
+                               "threshold", "seed_low", "seed_high", "batches",
+                               "bias_heads"])  # fmt: skip
 def _attention_bias_gradient_kernel(
     query_ptr, query_strides, key_ptr, key_strides, value_ptr, value_strides,
     gradient_ptr, gradient_strides, logsumexp_ptr, deltas_ptr, bias_gradient_ptr, layer,

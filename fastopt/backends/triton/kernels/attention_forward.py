@@ -185,7 +185,7 @@ def _attention_forward_kernel(
     store_rounded(output_ptr + rows[:, None] + feature, output, there & (feature < VALUE_FEATURES))
 
 
-@triton.jit(do_not_specialize=["rows", "query_rows"])
+@triton.jit(do_not_specialize=["rows", "query_rows", "splits"])
 def _attention_merge_kernel(
     parts_ptr, part_logsumexp_ptr, output_ptr, output_strides, logsumexp_ptr, sinks_ptr,
     rows, query_rows, heads, splits, VALUE_FEATURES: tl.constexpr, TILE_ROWS: tl.constexpr,
