@@ -136,8 +136,8 @@ def _warn(family: str, identity: dict[str, str], outcomes: list[Outcome]) -> Non
     if failed:
         warnings.warn(
             f"fastopt's kernels for {family} failed their self-check on {identity['card']}, case "
-            f"{failed[0].case!r}: {failed[0].error}. Torch's own are used instead. Please report "
-            "the output of `python -m fastopt selfcheck`.",
+            f"{failed[0].case!r}: {failed[0].error}. The next backend's are used instead. Please "
+            "report the output of `python -m fastopt selfcheck`.",
             RuntimeWarning,
             stacklevel=2,
         )

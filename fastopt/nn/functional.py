@@ -118,7 +118,7 @@ def attention(
         cache_seqlens: How many keys there are, of all sequences or ``[batch]``: a cache has room
             for more. Queries are the last ones: their own keys are counted.
         return_lse: Return logsumexp of the scores too, which has no gradient.
-        backend: ``auto``, ``cpu``, ``cuda``, ``torch`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``cuda``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
         ``[batch, heads, queries, value_features]``, or ``[total_q, heads, value_features]``; with

@@ -61,7 +61,7 @@ def linear_cross_entropy(
         softcap: Logits become ``softcap * tanh(logit / softcap)``; 0: they stay.
         z_loss: The weight of each row's squared logsumexp, added to its loss (Chowdhery et al.
             2022, "PaLM"). ``weight`` does not scale it; its mean is over the rows that have a part.
-        backend: ``auto``, ``cpu``, ``cuda``, ``torch`` (stock's own) or ``reference``.
+        backend: ``auto``, ``cpu``, ``cuda``, ``triton``, ``torch`` (stock's own) or ``reference``.
 
     Returns:
         A number, or with ``none`` the shape of a target of classes.
@@ -112,8 +112,9 @@ class LinearCrossEntropyLoss(StockLoss):
         options: A chunk has no more rows than they say.
         softcap: As in :func:`linear_cross_entropy`.
         z_loss: As in :func:`linear_cross_entropy`.
-        backend: ``auto``, ``cpu``, ``cuda``, ``torch`` (stock's own) or ``reference``; None leaves
-            the choice to ``fastopt.use_backend`` and ``FASTOPT_BACKEND``.
+        backend: ``auto``, ``cpu``, ``cuda``, ``triton``, ``torch`` (stock's own) or
+            ``reference``; None leaves the choice to ``fastopt.use_backend`` and
+            ``FASTOPT_BACKEND``.
 
     Raises:
         RuntimeError: As torch.

@@ -35,8 +35,9 @@ class LSTM(torch.nn.LSTM):
         weight_dropout: Probability of dropping an element of the recurrent weights ``weight_hh``,
             in training, drawn once per forward (Merity et al. 2018, "Regularizing and Optimizing
             LSTM Language Models").
-        backend: ``auto``, ``cpu``, ``cuda``, ``torch`` (stock's own) or ``reference``; None leaves
-            the choice to ``fastopt.use_backend`` and ``FASTOPT_BACKEND``.
+        backend: ``auto``, ``cpu``, ``cuda``, ``triton``, ``torch`` (stock's own) or
+            ``reference``; None leaves the choice to ``fastopt.use_backend`` and
+            ``FASTOPT_BACKEND``.
 
     Raises:
         ValueError: ``weight_dropout`` is not in [0, 1], ``backend`` is unknown, or as in torch.

@@ -43,8 +43,8 @@ class Options(TypedDict, total=False):
         ema_decay: Keep an exponential moving average of each parameter, as
             :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn(ema_decay)``
             updated after each step. It is the parameter's state ``"ema"``.
-        backend: ``auto``, ``cpu``, ``cuda``, ``torch`` or ``reference``; None leaves it to
-            :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
+        backend: ``auto``, ``cpu``, ``cuda``, ``triton``, ``torch`` or ``reference``; None leaves it
+            to :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
     """
 
     max_grad_norm: float | None
