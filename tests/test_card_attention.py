@@ -432,6 +432,25 @@ def test_masks_may_have_more_elements_than_32_bits_can_count() -> None:
     assert_matches(output, expected, op="attention", dtype=torch.float32)
 
 
+def test_rows_may_be_further_from_each_other_than_32_bits_can_count() -> None:
+    """What lies between them is memory that nobody touches."""
+    apart, keys = 2**24 + 2**18, 130
+    far = torch.empty(apart * keys, dtype=torch.float16, device=DEVICE)
+    far = far.as_strided((1, 1, keys, 16), (0, 0, apart, 1))
+    far[:] = torch.randn(1, 1, keys, 16, device=DEVICE)
+    query, near = torch.randn(1, 1, 20, 16, device=DEVICE).half(), far.contiguous()
+    results = []
+    for key in far, near:
+        asked = AttentionRequest(query, key, key, scale=0.3)
+        output, logsumexp = registry.kernels("triton").attention_forward(asked)
+        gradients = registry.kernels("triton").attention_backward(
+            asked, query, output, logsumexp, False, False
+        )
+        results.append((output, *gradients[:3]))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def request(**changes: Any) -> AttentionRequest:
     tensors = [torch.randn(1, 2, 5, 8, device=DEVICE) for _ in range(3)]
     return AttentionRequest(*tensors, scale=0.5, **changes)

@@ -100,7 +100,9 @@ class Call:
 
     def __init__(self, request: AttentionRequest) -> None:
         self.arguments = arguments = attention_requests.kernel_arguments(request)
-        query, key, value = self.operands = arguments.query, arguments.key, arguments.value
+        query, key, value = self.operands = [
+            _near(tensor) for tensor in (arguments.query, arguments.key, arguments.value)
+        ]
         mask = arguments.allowed if arguments.bias is None else arguments.bias
         # A cap so far away that the quotient is no normal number is none.
         smallest = torch.finfo(torch.float32).tiny
@@ -176,6 +178,11 @@ class Call:
 def _words(*numbers: int) -> list[int]:
     """The lowest 32 bits, as int32."""
     return [((number + 2**31) & 0xFFFFFFFF) - 2**31 for number in numbers]
+
+
+def _near(tensor: Tensor) -> Tensor:
+    """With rows so near to each other that places in a tile of 128 have 32 bits."""
+    return tensor if tensor.stride(2) < 2**24 else tensor.contiguous()
 
 
 def _unit(*tensors: Tensor) -> int:
@@ -257,7 +264,7 @@ def backward(
 
     def run(gradient: Tensor, gradients: list[Tensor | None]) -> None:
         _begin("backward", request)
-        call = Call(request)
+        call, gradient = Call(request), _near(gradient)
         of_query, of_key, of_value, of_bias, of_sinks = gradients
         assert of_query is not None and of_key is not None and of_value is not None
         deltas = torch.empty_like(logsumexp)
