@@ -113,7 +113,7 @@ OPERATORS = (
         linear_cross_entropy_contenders.linear_cross_entropy_contenders,
         linear_cross_entropy_contenders.check_parity,
         linear_cross_entropy_contenders.clipped,
-        linear_cross_entropy_contenders.STOCK,
+        linear_cross_entropy_contenders.GPU_PEERS,
         "TFLOP/s",
         _teraflops,
     ),

@@ -9,7 +9,7 @@ import torch
 
 from bench.cases import Bar, ComputeCase
 
-PLAIN, CHUNKED = "torch default", "torch chunked"
+PLAIN, CHUNKED, LIGER = "torch default", "torch chunked", "Liger-Kernel"
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ LINEAR_CROSS_ENTROPY_CASES = (
 
 _bf16: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 GPU_LINEAR_CROSS_ENTROPY_CASES = (
-    _case("8192x4096x128256, bf16, training", (8192, 4096, 128_256), {CHUNKED: 1.0}, **_bf16),
-    _case("8192x768x50257, bf16, training", (8192, 768, 50_257), {PLAIN: 1.0, CHUNKED: 1.0},
-          **_bf16),
+    _case("8192x4096x128256, bf16, training", (8192, 4096, 128_256),
+          {CHUNKED: 1.0, LIGER: 1.0}, **_bf16),
+    _case("8192x768x50257, bf16, training", (8192, 768, 50_257),
+          {PLAIN: 1.0, CHUNKED: 1.0, LIGER: 1.0}, **_bf16),
     _case("4096x768x50257, fp32, training", (4096, 768, 50_257), {PLAIN: 1.0}, device="cuda"),
 )  # fmt: skip

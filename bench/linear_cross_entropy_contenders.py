@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ from torch import Tensor
 
 import fastopt
 from bench.cases import assert_same
-from bench.linear_cross_entropy_cases import CHUNKED, PLAIN, LinearCrossEntropyCase
+from bench.linear_cross_entropy_cases import CHUNKED, LIGER, PLAIN, LinearCrossEntropyCase
 from bench.timing import OURS, Contender
 
 # "The best of stock" is sought among these.
 STOCK = (PLAIN, CHUNKED)
 PEERS = ("torch compiled",)
+GPU_PEERS = (*STOCK, LIGER)
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,18 @@ def named(case: Any) -> dict[str, Callable[..., Tensor]]:
     return functions
 
 
+def _liger(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss: Tensor = LigerFusedLinearCrossEntropyLoss(**options)(linear_weight, input, target)
+    return loss
+
+
 def linear_cross_entropy_contenders(case: LinearCrossEntropyCase) -> dict[str, Contender]:
     """A call for everyone."""
     functions = named(case)
+    if case.device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        functions[LIGER] = _liger
     if case.compiled:
         functions["torch compiled"] = torch.compile(composed, dynamic=False)
     return {

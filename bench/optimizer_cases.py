@@ -210,6 +210,13 @@ OPTIMIZER_CASES = (
         rounds=40,
     ),
     OptimizerCase("Lion, 16.8M", "Lion", ((LARGE,),), {"lr": 1e-4}, bytes_per_element=20),
+    OptimizerCase("Adagrad, 16.8M", "Adagrad", ((LARGE,),), bytes_per_element=20),
+    OptimizerCase("RMSprop, 16.8M", "RMSprop", ((LARGE,),), bytes_per_element=20),
+    OptimizerCase("Adamax, 16.8M", "Adamax", ((LARGE,),)),
+    OptimizerCase("RAdam, 16.8M", "RAdam", ((LARGE,),)),
+    OptimizerCase("NAdam, 16.8M", "NAdam", ((LARGE,),)),
+    OptimizerCase("NAdam, 1000 x 1024", "NAdam", ((1024,),) * 1000),
+    OptimizerCase("ScheduleFreeAdamW, 16.8M", "ScheduleFreeAdamW", ((LARGE,),), ADAMW),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -52,14 +53,21 @@ def bandwidth_fraction(case: OptimizerCase, timings: dict[str, Any]) -> float | 
     return float(ours / (12 * LARGE / timings[BANDWIDTH_PROBE]["median"]))
 
 
+def make_ours(case: OptimizerCase, params: list[torch.nn.Parameter], **more: Any) -> Any:
+    """Our optimizer, ready to step."""
+    optimizer = getattr(fastopt.optim, case.optimizer)(params, **case.options, **more)
+    if isinstance(optimizer, fastopt.optim.ScheduleFreeAdamW):
+        optimizer.train()
+    return optimizer
+
+
 def _stepping_contenders(case: OptimizerCase) -> dict[str, Contender]:
-    ours = getattr(fastopt.optim, case.optimizer)
     params = make_parameters(case)
-    optimizer = ours(params, **case.options, **case.tail, backend=case.backend)
+    optimizer = make_ours(case, params, backend=case.backend, **case.tail)
     contenders = {OURS: _contender(case, params, optimizer.step)}
     stock = getattr(torch.optim, case.optimizer, None)
     if stock is None:
-        composed = ours(make_parameters(case), **case.options, backend="torch")
+        composed = make_ours(case, make_parameters(case), backend="torch")
         contenders["torch default"] = Contender(composed.step)
         return contenders
     for name, flags in (
@@ -69,8 +77,9 @@ def _stepping_contenders(case: OptimizerCase) -> dict[str, Contender]:
     ):
         if case.transposed and name == "torch fused":
             continue  # silently wrong there
-        contenders[name] = _stock(case, stock, flags)
-    if case.device == "cpu" and case.threads > 1 and not case.transposed:
+        if flags.keys() <= inspect.signature(stock).parameters.keys():
+            contenders[name] = _stock(case, stock, flags)
+    if case.device == "cpu" and case.threads > 1 and "torch fused" in contenders:
         contenders["torch fused, 1 thread"] = on_one_thread(
             _stock(case, stock, {"fused": True}), case.threads
         )
@@ -173,10 +182,8 @@ def check_parity(case: OptimizerCase) -> None:
         for left, right in zip(ours, truth, strict=True):
             torch.testing.assert_close(left.grad, right.grad, rtol=tolerance, atol=tolerance)
         return
-    cls = getattr(fastopt.optim, case.optimizer)
-    options = {**case.options, **case.tail}
-    mine = cls(ours, **options, backend=case.backend)
-    optimizers = mine, cls(truth, **options, backend="reference")
+    mine = make_ours(case, ours, backend=case.backend, **case.tail)
+    optimizers = mine, make_ours(case, truth, backend="reference", **case.tail)
     for _ in range(3):
         for optimizer in optimizers:
             optimizer.step()

@@ -6,7 +6,8 @@ from torch import Tensor
 
 instruction_set: str
 instruction_sets: tuple[str, ...]
-update_rules: dict[str, tuple[int, int]]
+# Slots, hyperparameters, a bit for each slot that is never negative.
+update_rules: dict[str, tuple[int, int, int]]
 chunk: int
 
 def initialise(torch: ModuleType) -> str: ...
@@ -61,7 +62,7 @@ def attention_backward(
     gradients: list[Tensor | None],
     threads: int,
 ) -> None: ...
-def attention_random_words(seed: int, head: int, words: Tensor) -> None: ...
+def random_words(seed: int, head: int, first_row: int, words: Tensor) -> None: ...
 
 class CrossEntropyRows:
     def __init__(

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-update_rules: dict[str, tuple[int, int]]
+update_rules: dict[str, tuple[int, int, int]]
 toolkit_version: int
 
 def unavailable() -> str: ...

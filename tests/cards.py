@@ -72,17 +72,18 @@ def backends_and_dtypes(dtypes: Sequence[torch.dtype]) -> Any:
     return pytest.mark.parametrize(("backend", "dtype"), pairs, ids=str)
 
 
-def read_on_card(optimizer: Any) -> Any:
-    """Has an optimizer hand its hyperparameters to the kernels as tensors on the card."""
+def read_on_card(optimizer: Any, most: int | None = None) -> Any:
+    """Has an optimizer hand its hyperparameters, or the first, to the kernels as tensors there."""
     update_rule = optimizer._update_rule
 
     def with_tensors(group: dict[str, Any]) -> UpdateRule:
         rule: UpdateRule = update_rule(group)
         decay, *numbers = (
             torch.tensor(number, dtype=torch.float64, device=DEVICE)
-            for number in (rule.decay, *rule.hyperparameters)
+            for number in (rule.decay, *rule.hyperparameters[:most])
         )
-        return rule._replace(decay=decay, hyperparameters=tuple(numbers))
+        left = rule.hyperparameters[len(numbers) :]
+        return rule._replace(decay=decay, hyperparameters=(*numbers, *left))
 
     optimizer._update_rule = with_tensors
     return optimizer

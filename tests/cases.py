@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastopt import optim
+from fastopt.optim.fused_optimizer import FusedOptimizer
 
 DTYPES = (
     torch.float32,
@@ -43,13 +44,16 @@ class OptimizerCase:
     """One configuration; ``stock`` is None where torch has no such optimizer."""
 
     name: str
-    ours: type[optim.SGD] | type[optim.Adam] | type[optim.Lion]
+    ours: type[FusedOptimizer]
     stock: type[torch.optim.Optimizer] | None
     options: dict[str, Any] = field(default_factory=dict)
 
     def make(self, params: Any, **more: Any) -> Any:
-        """Our optimizer."""
-        return self.ours(params, **self.options, **more)
+        """Our optimizer, ready to step."""
+        optimizer: Any = self.ours(params, **self.options, **more)
+        if isinstance(optimizer, optim.ScheduleFreeAdamW):
+            optimizer.train()
+        return optimizer
 
     def make_stock(self, params: Any, **more: Any) -> torch.optim.Optimizer:
         """Torch's, as a loop over the parameters."""
@@ -72,6 +76,17 @@ def _adamw(name: str, **options: Any) -> OptimizerCase:
 # eps is large enough to survive in half precision, where stock keeps the denominator.
 EPS = 1e-2
 
+
+def _twin(name: str, cls: str, **options: Any) -> OptimizerCase:
+    twins = getattr(optim, cls), getattr(torch.optim, cls)
+    return OptimizerCase(name, *twins, {"lr": 0.01, "eps": EPS, **options})
+
+
+def _schedule_free(name: str, **options: Any) -> OptimizerCase:
+    options = {"lr": 0.01, "eps": EPS, **options}
+    return OptimizerCase(name, optim.ScheduleFreeAdamW, None, options)
+
+
 WITH_STOCK = (
     _sgd("sgd"),
     _sgd("sgd-l2-maximize", weight_decay=0.1, maximize=True),
@@ -86,7 +101,24 @@ WITH_STOCK = (
     _adamw("adamw", eps=EPS),
     _adamw("adamw-amsgrad", eps=EPS, weight_decay=0.3, amsgrad=True),
     _adamw("adamw-no-decay-maximize", eps=EPS, weight_decay=0.0, maximize=True),
-)
+    _twin("adagrad", "Adagrad"),
+    _twin("adagrad-decays", "Adagrad", lr_decay=0.1, weight_decay=0.1),
+    _twin("adagrad-sum-maximize", "Adagrad", initial_accumulator_value=0.5, maximize=True),
+    _twin("rmsprop", "RMSprop"),
+    _twin("rmsprop-momentum-l2", "RMSprop", alpha=0.8, momentum=0.9, weight_decay=0.1),
+    _twin("rmsprop-centered", "RMSprop", centered=True),
+    _twin("rmsprop-centered-momentum-maximize", "RMSprop", alpha=0.8, centered=True, momentum=0.9,
+          maximize=True),
+    _twin("adamax", "Adamax"),
+    _twin("adamax-l2-maximize", "Adamax", weight_decay=0.1, maximize=True),
+    _twin("radam-l2", "RAdam", weight_decay=0.1),
+    # Rectified from the third step on.
+    _twin("radam-decoupled-maximize", "RAdam", betas=(0.9, 0.9), weight_decay=0.1,
+          decoupled_weight_decay=True, maximize=True),
+    _twin("nadam-l2", "NAdam", weight_decay=0.1, momentum_decay=0.1),
+    _twin("nadam-decoupled-maximize", "NAdam", weight_decay=0.1, decoupled_weight_decay=True,
+          maximize=True),
+)  # fmt: skip
 WITHOUT_STOCK = (
     OptimizerCase(
         "classical", optim.SGD, None, {"lr": 0.1, "momentum": 0.9, "classical_momentum": True}
@@ -107,8 +139,13 @@ WITHOUT_STOCK = (
     OptimizerCase(
         "lion-decay-maximize", optim.Lion, None, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}
     ),
+    _schedule_free("schedule-free", weight_decay=0.1),
+    _schedule_free("schedule-free-warm-up", betas=(0.8, 0.99), warmup_steps=3, r=1.0),
 )
 ALL = WITH_STOCK + WITHOUT_STOCK
+
+# State of one number: in fp32 whatever the parameter is.
+COUNTERS = ("step", "mu_product")
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -319,7 +319,7 @@ def test_dropout_is_torchs_to_seed_and_drops_what_it_says() -> None:
 def test_dropout_of_the_stream_of_philox() -> None:
     """The known answer of Philox 4x32 with seven rounds for counter and key of zeros."""
     words = torch.empty((1, 64), dtype=torch.int32)
-    _native_cpu.attention_random_words(0, 0, words)
+    _native_cpu.random_words(0, 0, 0, words)
     found = [int(words[0, 16 * i]) & 0xFFFFFFFF for i in range(4)]
     assert found == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
 

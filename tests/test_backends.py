@@ -6,13 +6,19 @@ import logging
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import fastopt
 from fastopt import optim
 from fastopt.backends import measured, registry
+from fastopt.backends.attention_requests import refuse_attention
+from fastopt.backends.contract import AttentionRequest, LinearCrossEntropyRequest, LstmRequest
+from fastopt.backends.linear_cross_entropy_requests import refuse_linear_cross_entropy
+from fastopt.backends.lstm_requests import refuse_lstm
 
 
 def with_gradient(shape: tuple[int, ...] = (4,), **options: object) -> torch.nn.Parameter:
@@ -237,3 +243,23 @@ def test_an_unknown_instruction_set_is_refused_at_import() -> None:
     assert result.returncode != 0
     assert "FASTOPT_CPU_ISA must be one of baseline" in result.stderr
     assert "got 'avx9'" in result.stderr
+
+
+def test_tensors_of_several_cards_are_torchs_to_refuse() -> None:
+    """Kernels would take the address on one card for one on another."""
+
+    def zeros(*shape: int, card: int = 0, **options: Any) -> torch.Tensor:
+        with FakeTensorMode():
+            return torch.zeros(shape, device=f"cuda:{card}", **options)
+
+    target = zeros(4, dtype=torch.int64)
+    cross_entropy = LinearCrossEntropyRequest(zeros(4, 8), zeros(6, 8, card=1), target)
+    state, query = zeros(1, 4, 8), zeros(1, 1, 4, 8)
+    lstm = LstmRequest(state, None, state, zeros(1, 4, 8, card=1), [], False, 1, False)
+    attention = AttentionRequest(query, zeros(1, 1, 4, 8, card=1), query, scale=1.0)
+    for reason in (
+        refuse_linear_cross_entropy(cross_entropy, "cuda"),
+        refuse_lstm(lstm, "cuda"),
+        refuse_attention(attention, "cuda", [torch.float32]),
+    ):
+        assert reason is not None and "cuda:0" in reason and "cuda:1" in reason

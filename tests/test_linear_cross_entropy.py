@@ -716,6 +716,7 @@ WRONG: dict[str, tuple[tuple[Shape, Shape, Shape], dict[str, Any]]] = {
     "label smoothing": (((4, 3), (7, 3), (4,)), {"label_smoothing": 1.5}),
     "reduction": (((4, 3), (7, 3), (4,)), {"reduction": "max"}),
     "classes in the shape of probabilities": (((4, 3), (7, 3), (4, 7)), {}),
+    "the same in chunks": (((4, 3), (7, 3), (4, 7)), {"options": LinearCrossEntropyOptions()}),
     "ignored probabilities": (((4, 3), (7, 3), (4, 7)), {"ignore_index": 2}),
     "size and method": (((4, 3), (7, 3), (4,)), {"options": LinearCrossEntropyOptions(
         batch_chunk_size=3, chunking_method="aspect_ratio")}),

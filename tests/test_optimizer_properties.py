@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import DTYPES, random
+from cases import COUNTERS, DTYPES, OptimizerCase, random
 from fastopt import optim
 from tolerances import assert_matches
 
@@ -19,27 +19,63 @@ unit = st.floats(0.0, 0.99)
 rate = st.sampled_from([1e-4, 0.01, 0.1, 1.0])
 decay = st.sampled_from([0.0, 0.01, 0.3])
 flag = st.booleans()
+eps = st.sampled_from([1e-8, 1e-3])
+betas = st.tuples(unit, st.floats(0.5, 0.999))
 
-adam_options = st.fixed_dictionaries(
-    {
-        "lr": rate,
-        "betas": st.tuples(unit, st.floats(0.5, 0.999)),
-        "eps": st.sampled_from([1e-8, 1e-3]),
-        "weight_decay": decay,
-        "amsgrad": flag,
-        "maximize": flag,
-    }
-)
+moments = {"lr": rate, "betas": betas, "eps": eps, "weight_decay": decay, "maximize": flag}
+adam_options = st.fixed_dictionaries({**moments, "amsgrad": flag})
 sgd_options = st.fixed_dictionaries(
     {"lr": rate, "momentum": unit, "dampening": unit, "weight_decay": decay, "maximize": flag}
 )
 lion_options = st.fixed_dictionaries(
     {"lr": rate, "betas": st.tuples(unit, unit), "weight_decay": decay, "maximize": flag}
 )
+adagrad_options = st.fixed_dictionaries(
+    {
+        "lr": rate,
+        "lr_decay": decay,
+        "weight_decay": decay,
+        "initial_accumulator_value": decay,
+        "eps": eps,
+        "maximize": flag,
+    }
+)
+rmsprop_options = st.fixed_dictionaries(
+    {
+        "lr": rate,
+        "alpha": st.floats(0.5, 0.99),  # a shorter average leaves nothing of the variance
+        "eps": eps,
+        "weight_decay": decay,
+        "momentum": unit,
+        "centered": flag,
+        "maximize": flag,
+    }
+)
+adamax_options = st.fixed_dictionaries(moments)
+radam_options = st.fixed_dictionaries({**moments, "decoupled_weight_decay": flag})
+nadam_options = st.fixed_dictionaries(
+    {**moments, "decoupled_weight_decay": flag, "momentum_decay": decay}
+)
+schedule_free_options = st.fixed_dictionaries(
+    {
+        "lr": rate,
+        "betas": st.tuples(st.floats(0.1, 0.99), st.floats(0.5, 0.999)),
+        "eps": eps,
+        "weight_decay": decay,
+        "warmup_steps": st.integers(0, 3),
+        "r": decay,
+    }
+)
 optimizers = st.one_of(
     st.tuples(st.sampled_from([optim.Adam, optim.AdamW]), adam_options),
     st.tuples(st.just(optim.SGD), sgd_options),
     st.tuples(st.just(optim.Lion), lion_options),
+    st.tuples(st.just(optim.Adagrad), adagrad_options),
+    st.tuples(st.just(optim.RMSprop), rmsprop_options),
+    st.tuples(st.just(optim.Adamax), adamax_options),
+    st.tuples(st.just(optim.RAdam), radam_options),
+    st.tuples(st.just(optim.NAdam), nadam_options),
+    st.tuples(st.just(optim.ScheduleFreeAdamW), schedule_free_options),
 )
 
 
@@ -74,8 +110,9 @@ def test_any_step_is_the_references(
     values = data.draw(strided(shape, dtype, writable=True))
     ours = torch.nn.Parameter(values)
     truth = torch.nn.Parameter(values.detach().clone().contiguous())
-    mine = cls([ours], **options, backend="cpu")
-    reference = cls([truth], **options, backend="reference")
+    case = OptimizerCase(cls.__name__, cls, None, options)
+    mine = case.make([ours], backend="cpu")
+    reference = case.make([truth], backend="reference")
     for _ in range(2):
         grad = data.draw(strided(shape, dtype, writable=False))
         ours.grad, truth.grad = grad, grad.clone()
@@ -90,5 +127,5 @@ def test_any_step_is_the_references(
         if options["lr"] < 1 and near:
             assert_matches(ours.detach(), truth.detach(), op="optimizer", dtype=dtype)
         for key, value in reference.state.get(truth, {}).items():
-            exact = value.dtype if key == "step" else dtype
+            exact = value.dtype if key in COUNTERS else dtype
             assert_matches(mine.state[ours][key], value, op="rounded once", dtype=exact)

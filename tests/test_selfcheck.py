@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastopt
 from cards import DEVICE, backend
 from fastopt import optim
 from fastopt.__main__ import print_selfcheck
@@ -217,6 +218,15 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     assert [process.wait(120) for process in processes] == [0, 0]
     (file,) = (tmp_path / "fastopt" / "selfcheck").glob("*")
     assert json.loads(file.read_text())["outcomes"]
+
+
+def test_explain_tells_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose first use has a family of kernels checked."""
+    use(monkeypatch, backend())
+    loss = fastopt.nn.LinearCrossEntropyLoss(3, 7, device=DEVICE)
+    input, target = torch.randn(4, 3, device=DEVICE), torch.arange(4, device=DEVICE)
+    (call,) = fastopt.explain(loss, input, target).calls
+    assert call.backend == "cuda" and "[4, 3]" in call.task
 
 
 def test_the_command_prints_a_table(

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from fastopt.backends.triton.optimizer_step import RULES
+
 TESTS = Path(__file__).parent
 OPERATORS = tuple(
     path.stem.removeprefix("triton_runs_") for path in sorted(TESTS.glob("triton_runs_*.py"))
@@ -80,6 +82,10 @@ def test_a_thread_of_an_optimizer_reads_16_bytes_of_each_operand_at_a_time() -> 
         slots = build["options"].get("SLOTS")
         operands = 1 if slots is None else 3 + int(slots)  # parameter, gradient, average
         assert build["wide_loads"] == operands, build
+
+
+def test_every_update_rule_is_built() -> None:
+    assert {build["run"].split(",")[0] for build in builds("optimizer_step")} == set(RULES)
 
 
 def test_a_thread_of_the_cross_entropy_reads_16_bytes_of_logits_at_a_time() -> None:

@@ -32,14 +32,14 @@ void attention_backward(const AttentionTensors& given, py::object output, py::ob
   chosen_instruction_set().attention->backward(call);
 }
 
-void attention_random_words(uint64_t seed, int64_t head, py::object words) {
+void random_words(uint64_t seed, int64_t head, int64_t first_row, py::object words) {
   const Description given = described(words, "words");
   if (given.dims != 2 || given.dtype.bits != 32 || given.sizes[1] % 64 != 0 ||
       given.strides[1] != 1 || given.strides[0] != given.sizes[1]) {
     throw std::invalid_argument("words must be contiguous int32 [rows, a multiple of 64]");
   }
-  chosen_instruction_set().attention->random_words(seed, head, given.sizes[0], given.sizes[1],
-                                                   static_cast<uint32_t*>(given.data));
+  chosen_instruction_set().attention->random_words(
+      seed, head, first_row, given.sizes[0], given.sizes[1], static_cast<uint32_t*>(given.data));
 }
 
 }  // namespace fastopt

@@ -18,6 +18,6 @@ void attention_backward(const AttentionTensors& given, pybind11::object output,
                         pybind11::object logsumexp, pybind11::object output_gradient,
                         const std::vector<pybind11::object>& gradients, int threads);
 // The words that dropout compares, for one head; `words` is an int32 tensor [rows, keys].
-void attention_random_words(uint64_t seed, int64_t head, pybind11::object words);
+void random_words(uint64_t seed, int64_t head, int64_t first_row, pybind11::object words);
 
 }  // namespace fastopt

@@ -1,6 +1,7 @@
 #include "bindings/card_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <tuple>
 
@@ -64,10 +65,8 @@ py::bytes CardPlan::table(uintptr_t address) const {
     for (size_t k = 0; k < entry.slots.size(); ++k) {
       task.operands[kFirstSlot + k] = entry.slots[k].fingerprint.data();
     }
-    if (!entry.counts_on_host) {
-      task.step = entry.step->fingerprint.data();
-      task.step_is_double = entry.step->layout.dtype == DType::kFloat64;
-    }
+    if (entry.step && !entry.step->is_on_host) task.step = entry.step->counter();
+    if (entry.product && !entry.product->is_on_host) task.product = entry.product->counter();
     task.numel = entry.numel;
     task.first_chunk = first_chunks_[t];
     task.grad_is_dense = entry.grad.is_dense;
@@ -81,31 +80,35 @@ py::bytes CardPlan::table(uintptr_t address) const {
   return py::bytes(bytes);
 }
 
-// Tasks that the host counts go together where they are at the same step; those that share memory
-// with another go one after the other.
-std::vector<CardPlan::Batch> CardPlan::batches_of(const Part& part) {
+// Tasks that the host counts go together where they are equally far; those that share memory with
+// another go one after the other.
+std::vector<CardPlan::Batch> CardPlan::batches_of(const Part& part, const StepRule& rule,
+                                                  const UpdateRuleInfo& info) {
+  double hyperparameters[kMaxHyperparameters];
+  std::transform(std::begin(rule.hyperparameters), std::end(rule.hyperparameters), hyperparameters,
+                 [](const Scalar& scalar) { return scalar.address ? std::nan("") : scalar.value; });
   std::vector<Batch> batches;
   const Gradients left_alone(part.end - part.begin, kLeaveAlone);
-  const auto open = [&](double step) -> Batch& {
-    return batches.emplace_back(Batch{step, left_alone});
+  const auto open = [&](const Progress& progress) -> Batch& {
+    return batches.emplace_back(Batch{progress, left_alone});
   };
+  const Progress unknown;  // of a task that is only averaged, or counted on the device
   for (int task = part.begin; task < part.end; ++task) {
     Entry& entry = entries_[tasks_[task]];
     const bool has_grad = static_cast<bool>(entry.grad.tensor);
     if (!has_grad && (!entry.average || entry.is_refused)) continue;
     void* grad = entry.grad.data ? entry.grad.data : kNoElements;
-    double step = 0;  // of one that is only averaged, or counted on the device
-    if (has_grad && entry.counts_on_host) step = advance_step(entry);
+    const Progress progress = has_grad ? advance_counters(entry, info, hyperparameters) : unknown;
     Batch* batch = nullptr;
     if (!entry.runs_alone) {
       for (Batch& other : batches) {
-        if (!has_grad || other.step == step || other.step == 0) batch = &other;
+        if (!has_grad || other.progress == progress || other.progress == unknown) batch = &other;
       }
     }
-    if (!batch) batch = &open(step);
-    if (has_grad && batch->step == 0) batch->step = step;
+    if (!batch) batch = &open(progress);
+    if (has_grad && batch->progress == unknown) batch->progress = progress;
     batch->grads[task - part.begin] = has_grad ? grad : nullptr;
-    if (entry.runs_alone) open(0);
+    if (entry.runs_alone) open(unknown);
   }
   batches.erase(std::remove_if(batches.begin(), batches.end(),
                                [&](const Batch& batch) { return batch.grads == left_alone; }),
@@ -137,7 +140,7 @@ py::list CardPlan::step(py::tuple rules, py::tuple surroundings, uintptr_t funct
                         weight,
                         reinterpret_cast<const float*>(found_inf)};
   for (const Entry& entry : entries_) {
-    check_slots(entry, rule_info[group_rules[entry.group].rule].slots);
+    check_state(entry, rule_info[group_rules[entry.group].rule]);
   }
   py::list written;
   for (Entry& entry : entries_) {
@@ -147,7 +150,7 @@ py::list CardPlan::step(py::tuple rules, py::tuple surroundings, uintptr_t funct
   }
   for (const Part& part : parts_) {
     const GroupRule& group = group_rules[part.group];
-    StepRule rule{group.rule, group.weight_decay, scalar_of(group.decay), group.maximize, {}, 0,
+    StepRule rule{group.rule, group.weight_decay, scalar_of(group.decay), group.maximize, {}, {},
                   nullptr};
     bool on_device = false;
     for (size_t i = 0; i < group.hyperparameters.size(); ++i) {
@@ -155,11 +158,11 @@ py::list CardPlan::step(py::tuple rules, py::tuple surroundings, uintptr_t funct
       on_device = on_device || rule.hyperparameters[i].address;
     }
     for (int task = part.begin; task < part.end; ++task) {
-      on_device = on_device || !entry_of(task).counts_on_host;
+      on_device = on_device || !entry_of(task).counts_on_host();
     }
     if (on_device) rule.functors = reinterpret_cast<unsigned char*>(functors);
-    for (const Batch& batch : batches_of(part)) {
-      rule.step = batch.step;
+    for (const Batch& batch : batches_of(part, rule, rule_info[group.rule])) {
+      rule.progress = batch.progress;
       launch(part, rule, tail, batch.grads);
     }
   }

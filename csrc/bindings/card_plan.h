@@ -60,11 +60,11 @@ class CardPlan : public StepPlan {
 
  private:
   struct Batch {
-    double step;
+    Progress progress;
     Gradients grads;
   };
 
-  std::vector<Batch> batches_of(const Part& part);
+  std::vector<Batch> batches_of(const Part& part, const StepRule& rule, const UpdateRuleInfo& info);
   const Entry& entry_of(int task) const { return entries_[tasks_[task]]; }
 
   std::vector<size_t> tasks_;  // entries, in the order of the table

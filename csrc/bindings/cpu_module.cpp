@@ -89,7 +89,7 @@ PYBIND11_MODULE(_native_cpu, m) {
         py::arg("logsumexp"), py::arg("inference"), py::arg("threads"));
   m.def("attention_backward", &attention_backward, py::arg("layer"), py::arg("output"),
         py::arg("logsumexp"), py::arg("output_gradient"), py::arg("gradients"), py::arg("threads"));
-  m.def("attention_random_words", &attention_random_words, py::arg("seed"), py::arg("head"),
+  m.def("random_words", &random_words, py::arg("seed"), py::arg("head"), py::arg("first_row"),
         py::arg("words"));
 
   export_cross_entropy_rows(m);

@@ -46,7 +46,8 @@ std::vector<GroupRule> parse_rules(py::tuple rules, size_t groups, const UpdateR
 py::dict describe_rules(const UpdateRuleInfo* table, int count) {
   py::dict rules;
   for (int i = 0; i < count; ++i) {
-    rules[table[i].name] = py::make_tuple(table[i].slots, table[i].hyperparameters);
+    rules[table[i].name] =
+        py::make_tuple(table[i].slots, table[i].hyperparameters, table[i].positive_slots);
   }
   return rules;
 }

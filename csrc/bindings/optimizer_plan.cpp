@@ -23,22 +23,37 @@ double OptimizerPlan::grad_norm(double order, int threads) const {
   return total_norm(tasks, order, threads);
 }
 
-// The number of the bound rule for the entry's step; entries at the same step share it.
-int OptimizerPlan::bind(BoundGroup& group, const Entry& entry) {
-  const double step = advance_step(entry);
+// The number of the bound rule for the entry's step; entries that are equally far share it.
+int OptimizerPlan::bind(BoundGroup& group, const Entry& entry, const Progress& progress) {
   const bool wide = entry.layout.dtype == DType::kFloat64;
-  if (group.bound[wide] < 0 || group.bound_step[wide] != step) {
+  if (group.bound[wide] < 0 || !(group.bound_progress[wide] == progress)) {
     BoundRule& bound = bound_rules_.emplace_back();
     bound.rule = group.rule->rule;
     bound.weight_decay = group.rule->weight_decay;
     bound.decay = group.decay;
     bound.maximize = group.rule->maximize;
     chosen_instruction_set().optimizer->bind(bound, entry.layout.dtype, group.hyperparameters,
-                                             step);
+                                             progress);
     group.bound[wide] = static_cast<int>(bound_rules_.size()) - 1;
-    group.bound_step[wide] = step;
+    group.bound_progress[wide] = progress;
   }
   return group.bound[wide];
+}
+
+StateCoding OptimizerPlan::make_coding(const Coding& coding, double step) {
+  StateCoding result{};
+  for (size_t k = 0; k < coding.slots.size(); ++k) {
+    result.slots[k] = coding.slots[k];
+    if (const auto& largest = coding.largest[k]) {
+      result.largest[k] = static_cast<float*>(largest->fingerprint.data());
+    }
+  }
+  result.param = coding.param;
+  if (coding.remainder) result.remainder = coding.remainder->fingerprint.data();
+  result.seed = coding.seed;
+  result.number = coding.number;
+  result.step = static_cast<int64_t>(step);
+  return result;
 }
 
 StepTask OptimizerPlan::make_task(const Entry& entry) const {
@@ -63,17 +78,18 @@ py::list OptimizerPlan::run(py::tuple rules, py::tuple surroundings, int threads
       parse_rules(rules, group_sizes_.size(), kernels.rules, kernels.rule_count);
   std::vector<BoundGroup> groups;
   for (const GroupRule& rule : group_rules) {
-    BoundGroup& group = groups.emplace_back(BoundGroup{&rule, py::cast<double>(rule.decay)});
+    BoundGroup& group = groups.emplace_back(
+        BoundGroup{&rule, &kernels.rules[rule.rule], py::cast<double>(rule.decay)});
     std::transform(rule.hyperparameters.begin(), rule.hyperparameters.end(), group.hyperparameters,
                    [](const py::object& value) { return py::cast<double>(value); });
   }
   Tail tail;
   std::tie(tail.grad_scale, tail.clip_value, tail.zero_grad, tail.average_weight) =
       py::cast<std::tuple<double, double, bool, double>>(surroundings);
-  for (const Entry& entry : entries_) {
-    check_slots(entry, kernels.rules[group_rules[entry.group].rule].slots);
-  }
+  for (const Entry& entry : entries_) check_state(entry, *groups[entry.group].info);
   bound_rules_.clear();
+  codings_.clear();
+  codings_.reserve(entries_.size());  // tasks point into it
   std::vector<StepTask> together, alone;
   together.reserve(entries_.size());
   py::list written;
@@ -83,7 +99,13 @@ py::list OptimizerPlan::run(py::tuple rules, py::tuple surroundings, int threads
     if (!has_grad && (!entry.average || entry.is_refused)) continue;
     StepTask task = make_task(entry);
     if (has_grad) {
-      task.bound_rule = bind(groups[entry.group], entry);
+      BoundGroup& group = groups[entry.group];
+      const Progress progress = advance_counters(entry, *group.info, group.hyperparameters);
+      task.bound_rule = bind(group, entry, progress);
+      if (entry.coding) {
+        codings_.push_back(make_coding(*entry.coding, progress.step));
+        task.coding = &codings_.back();
+      }
       entry.is_new = false;
       note_written(entry, tail.zero_grad || tail.changes_gradients(), written);
       if (tail.zero_grad) detach_gradient(entry);

@@ -25,19 +25,22 @@ class OptimizerPlan : public StepPlan {
   pybind11::list run(pybind11::tuple rules, pybind11::tuple tail, int threads);
 
  private:
-  // A group's rule, bound for the last step number asked for, by arithmetic type: fp32, fp64.
+  // A group's rule, bound for the last progress asked for, by arithmetic type: fp32, fp64.
   struct BoundGroup {
     const GroupRule* rule;
+    const UpdateRuleInfo* info;
     double decay;
     double hyperparameters[kMaxHyperparameters] = {};
     int bound[2] = {-1, -1};
-    double bound_step[2] = {0, 0};
+    Progress bound_progress[2] = {};
   };
 
-  int bind(BoundGroup& group, const Entry& entry);
+  int bind(BoundGroup& group, const Entry& entry, const Progress& progress);
+  static StateCoding make_coding(const Coding& coding, double step);
   StepTask make_task(const Entry& entry) const;
 
   std::vector<BoundRule> bound_rules_;
+  std::vector<StateCoding> codings_;
 };
 
 }  // namespace fastopt

@@ -1,5 +1,7 @@
 #include "bindings/step_plan.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <stdexcept>
 #include <tuple>
@@ -44,7 +46,15 @@ StepPlan::StepPlan(py::dict state, py::list groups, Device device, bool counts_h
 }
 
 StepPlan::StateTensor::StateTensor(py::handle tensor, const Description& description)
-    : handle(tensor), fingerprint(handle.describe()), layout(layout_of(description)) {}
+    : StateTensor(tensor, layout_of(description), 0) {
+  extent = layout.extent();
+}
+
+StepPlan::StateTensor::StateTensor(py::handle tensor, Layout own_layout, int64_t element_size)
+    : handle(tensor),
+      fingerprint(handle.describe()),
+      layout(std::move(own_layout)),
+      extent(layout.extent() / layout.element_size() * element_size) {}
 
 bool StepPlan::is_here(const Description& tensor) const {
   return tensor.device_type == device_.type && tensor.device_index == device_.index;
@@ -63,9 +73,79 @@ StepPlan::StateTensor StepPlan::state_tensor(py::handle tensor, const Entry& ent
   return result;
 }
 
+// A tensor of coded state, which lies exactly as it should.
+StepPlan::StateTensor StepPlan::coded_tensor(py::handle tensor, std::vector<int64_t> sizes,
+                                             std::vector<int64_t> strides,
+                                             torch_access::DLDataType dtype) const {
+  Description description;
+  if (!torch_access::describe(tensor.ptr(), description) || !is_here(description) ||
+      description.dtype != dtype || description.dims != static_cast<int>(sizes.size()) ||
+      !std::equal(sizes.begin(), sizes.end(), description.sizes) ||
+      !std::equal(strides.begin(), strides.end(), description.strides)) {
+    throw std::invalid_argument("coded state does not lie as its parameter does");
+  }
+  Layout layout{DType::kFloat32, std::move(sizes), std::move(strides)};
+  return StateTensor(tensor, std::move(layout), dtype.bits / 8);
+}
+
+void StepPlan::add_coding(py::handle record, py::tuple slots, Entry& entry) {
+  using torch_access::DLDataType;
+  auto [codes, largest, param, remainder, seed, number] =
+      py::cast<std::tuple<std::vector<int>, py::tuple, int, py::object, uint64_t, int64_t>>(record);
+  const Layout& layout = entry.layout;
+  const int64_t elements = layout.numel();
+  if (layout.dtype == DType::kFloat64 || layout.may_overlap_itself() ||
+      layout.extent() != elements * layout.element_size()) {
+    throw std::invalid_argument("the state of this parameter cannot be coded");
+  }
+  if (codes.size() != slots.size() || largest.size() != slots.size()) {
+    throw std::invalid_argument("one code per state tensor");
+  }
+  Coding& coding = entry.coding.emplace();
+  coding.param = static_cast<ParamCode>(param);
+  coding.seed = seed;
+  coding.number = number;
+  const auto as_param = [&](py::handle tensor, DLDataType dtype) {
+    references.append(tensor);
+    return coded_tensor(tensor, layout.sizes, layout.strides, dtype);
+  };
+  for (size_t k = 0; k < codes.size(); ++k) {
+    SlotCode code = static_cast<SlotCode>(codes[k]);
+    if (code == SlotCode::kAsParameter) {
+      if (layout.dtype == DType::kFloat16) {
+        throw std::invalid_argument("state beside an fp16 parameter is fp32, bf16 or in blocks");
+      }
+      code = layout.dtype == DType::kFloat32 ? SlotCode::kFloat32 : SlotCode::kBFloat16;
+    }
+    coding.slots.push_back(code);
+    coding.largest.emplace_back();
+    if (code == SlotCode::kBlockwise8) {
+      entry.slots.push_back(as_param(slots[k], {torch_access::kDLUInt, 8, 1}));
+      references.append(largest[k]);
+      coding.largest.back().emplace(coded_tensor(largest[k],
+                                                 {(elements + kCodeBlock - 1) / kCodeBlock}, {1},
+                                                 {torch_access::kDLFloat, 32, 1}));
+    } else {
+      const bool wide = code == SlotCode::kFloat32;
+      entry.slots.push_back(
+          as_param(slots[k], {wide ? torch_access::kDLFloat : torch_access::kDLBfloat,
+                              static_cast<uint8_t>(wide ? 32 : 16), 1}));
+    }
+  }
+  if (coding.param == ParamCode::kRounded) return;
+  if (layout.dtype != DType::kBFloat16) {
+    throw std::invalid_argument("only bf16 parameters have a code of their own");
+  }
+  if (coding.param == ParamCode::kStochastic) return;
+  const bool kahan = coding.param == ParamCode::kKahan;
+  coding.remainder.emplace(
+      as_param(remainder, {kahan ? torch_access::kDLBfloat : torch_access::kDLInt, 16, 1}));
+}
+
 void StepPlan::add_entry(py::handle record, int group, int index) {
-  auto [param, service, slots, step, average, is_new] =
-      py::cast<std::tuple<py::object, int, py::tuple, py::object, py::object, bool>>(record);
+  auto [param, service, slots, step, product, average, is_new, coding] = py::cast<
+      std::tuple<py::object, int, py::tuple, py::object, py::object, py::object, bool, py::object>>(
+      record);
   Entry& entry = entries_.emplace_back();
   references.append(param);
   entry.param = param;
@@ -84,27 +164,35 @@ void StepPlan::add_entry(py::handle record, int group, int index) {
   if (static_cast<int>(entry.layout.sizes.size()) > kMaxDims) {
     throw std::invalid_argument("a parameter has too many dimensions");
   }
-  for (py::handle slot : slots) {
-    references.append(slot);
-    entry.slots.push_back(state_tensor(slot, entry));
+  if (!coding.is_none()) {
+    add_coding(coding, slots, entry);
+  } else {
+    for (py::handle slot : slots) {
+      references.append(slot);
+      entry.slots.push_back(state_tensor(slot, entry));
+    }
   }
   if (!average.is_none()) {
     references.append(average);
     entry.average = state_tensor(average, entry);
   }
   plan_walk(entry, nullptr);
-  if (step.is_none()) return;
-  references.append(step);
-  if (!torch_access::describe(step.ptr(), tensor) ||
-      !(is_here(tensor) || tensor.device_type == torch_access::kDLCPU)) {
-    throw std::invalid_argument("a step counter has no memory on the host or the device");
+  entry.step = counter_tensor(step);
+  entry.product = counter_tensor(product);
+}
+
+std::optional<StepPlan::CounterTensor> StepPlan::counter_tensor(py::handle tensor) {
+  if (tensor.is_none()) return std::nullopt;
+  references.append(tensor);
+  Description description;
+  if (!torch_access::describe(tensor.ptr(), description) ||
+      !(is_here(description) || description.device_type == torch_access::kDLCPU)) {
+    throw std::invalid_argument("a counter has no memory on the host or the device");
   }
-  entry.counts_on_host = counts_here_on_host_ || !is_here(tensor);
-  const Layout& counter = entry.step.emplace(step, tensor).layout;
-  if (counter.numel() != 1 ||
-      (counter.dtype != DType::kFloat32 && counter.dtype != DType::kFloat64)) {
-    throw std::invalid_argument("a step counter is not one float");
-  }
+  CounterTensor result(tensor, description);
+  result.is_on_host = counts_here_on_host_ || !is_here(description);
+  if (result.layout.numel() != 1) throw std::invalid_argument("a counter is not one number");
+  return result;
 }
 
 // Parameters may share memory with each other or with state: duplicates in a group, views of one
@@ -115,7 +203,7 @@ void StepPlan::mark_shared_memory() {
     if (entry.service != Service::kServed) continue;
     extents_.emplace_back(entry.fingerprint.data(), entry.layout.extent(), i);
     entry.for_each_tensor([&](const StateTensor& tensor) {
-      extents_.emplace_back(tensor.fingerprint.data(), tensor.layout.extent(), i);
+      extents_.emplace_back(tensor.fingerprint.data(), tensor.extent, i);
     });
   }
   sort_extents(extents_);
@@ -164,11 +252,14 @@ bool StepPlan::same_state_memory() const {
     if (i + kEntriesAhead < entries_.size()) {
       const Entry& ahead = entries_[i + kEntriesAhead];
       ahead.for_each_tensor([](const StateTensor& tensor) { tensor.handle.prefetch(); });
-      if (ahead.step) ahead.step->handle.prefetch();
+      ahead.for_each_counter([](const StateTensor& counter) { counter.handle.prefetch(); });
     }
-    bool unchanged = !entries_[i].step || entries_[i].step->unchanged();
-    entries_[i].for_each_tensor(
-        [&](const StateTensor& tensor) { unchanged = unchanged && tensor.unchanged(); });
+    bool unchanged = true;
+    const auto compare = [&](const StateTensor& tensor) {
+      unchanged = unchanged && tensor.unchanged();
+    };
+    entries_[i].for_each_counter(compare);
+    entries_[i].for_each_tensor(compare);
     if (!unchanged) return false;
   }
   return true;
@@ -238,7 +329,8 @@ void StepPlan::plan_walk(Entry& entry, const Layout* grad) {
   std::vector<std::pair<int, const Layout*>> operands = {{kParam, &entry.layout}};
   if (grad) operands.emplace_back(kGrad, grad);
   if (entry.average) operands.emplace_back(kAverage, &entry.average->layout);
-  for (size_t k = 0; k < entry.slots.size(); ++k) {
+  // Coded state lies as the parameter does, which is walked in the order of its memory.
+  for (size_t k = 0; k < entry.slots.size() && !entry.coding; ++k) {
     operands.emplace_back(kFirstSlot + static_cast<int>(k), &entry.slots[k].layout);
   }
   const bool was_flat = !entry.walk;
@@ -333,18 +425,28 @@ void StepPlan::clear() {
   references = py::list();
 }
 
-// torch counts in a tensor of one float; a rule without one only asks whether there was a step.
-double StepPlan::advance_step(const Entry& entry) const {
-  if (!entry.step) return entry.is_new ? 1 : 2;
-  void* counter = entry.step->fingerprint.data();
-  if (entry.step->layout.dtype == DType::kFloat64) return *static_cast<double*>(counter) += 1;
-  return *static_cast<float*>(counter) += 1;
+// Without a counter nobody asks for more than whether there was a step before.
+Progress StepPlan::advance_counters(const Entry& entry, const UpdateRuleInfo& rule,
+                                    const double* hyperparameters) const {
+  Progress progress;
+  if (!entry.step) {
+    progress.step = entry.is_new ? 1 : 2;
+  } else if (entry.step->is_on_host) {
+    progress.step = advance(entry.step->counter(), 1, 1);
+  }
+  if (rule.factor && entry.product->is_on_host) {
+    progress.product =
+        advance(entry.product->counter(), rule.factor(hyperparameters, progress.step), 0);
+  }
+  return progress;
 }
 
-void StepPlan::check_slots(const Entry& entry, int slots) const {
-  if (entry.grad.tensor && static_cast<int>(entry.slots.size()) != slots) {
+void StepPlan::check_state(const Entry& entry, const UpdateRuleInfo& rule) const {
+  if (!entry.grad.tensor) return;
+  if (static_cast<int>(entry.slots.size()) != rule.slots) {
     throw std::invalid_argument("a rule needs another number of state tensors");
   }
+  if (rule.factor && !entry.product) throw std::invalid_argument("a rule needs a product");
 }
 
 void StepPlan::detach_gradient(const Entry& entry) const {

@@ -10,7 +10,9 @@
 
 #include "bindings/layout.h"
 #include "bindings/torch_access.h"
+#include "core/counter.h"
 #include "core/operands.h"
+#include "core/state_codes.h"
 
 namespace fastopt {
 
@@ -30,10 +32,11 @@ enum class Service {
 class StepPlan {
  public:
   // `state` is optimizer.state. `groups` has a list per parameter group and in it for each
-  // parameter (param, Service, slot tensors, step tensor or None, average or None, is_new); the
-  // last four count where served.
-  // Step counters elsewhere than on the device are the host's to count; `counts_here_on_host`:
-  // those on the device too, because it is the host.
+  // parameter (param, Service, slot tensors, step tensor or None, product tensor or None, average
+  // or None, is_new, coding); what follows the service counts where served. Counters elsewhere than
+  // on the device are the host's to advance; `counts_here_on_host`: those on the device too,
+  // because it is the host. A coding is None, or (SlotCode of each slot, the largest magnitudes of
+  // its blocks or None, ParamCode, remainder or None, seed, number).
   StepPlan(pybind11::dict state, pybind11::list groups, Device device, bool counts_here_on_host);
   ~StepPlan() { release(); }
 
@@ -57,11 +60,28 @@ class StepPlan {
  protected:
   struct StateTensor {
     StateTensor(pybind11::handle tensor, const torch_access::Description& description);
+    StateTensor(pybind11::handle tensor, Layout layout, int64_t element_size);
     bool unchanged() const { return fingerprint.matches(handle.describe()); }
 
     torch_access::TensorHandle handle;
     torch_access::Fingerprint fingerprint;
     Layout layout;
+    int64_t extent;  // bytes
+  };
+  // State that is not stored in the parameter's dtype.
+  struct Coding {
+    std::vector<SlotCode> slots;
+    std::vector<std::optional<StateTensor>> largest;
+    ParamCode param;
+    std::optional<StateTensor> remainder;
+    uint64_t seed;
+    int64_t number;
+  };
+  struct CounterTensor : StateTensor {
+    using StateTensor::StateTensor;
+    Counter counter() const { return {fingerprint.data(), layout.dtype}; }
+
+    bool is_on_host = true;  // and the host's to advance
   };
   struct Gradient {
     pybind11::object tensor;  // empty between steps
@@ -92,16 +112,30 @@ class StepPlan {
     Layout layout;
     int64_t numel = 0;
     std::vector<StateTensor> slots;
-    std::optional<StateTensor> average, step;
-    bool counts_on_host = true;  // in `step`, or nowhere
+    std::optional<StateTensor> average;
+    std::optional<CounterTensor> step, product;
+    std::optional<Coding> coding;
     Gradient grad;
     std::unique_ptr<Walk> walk;  // of all operands; none: all are dense and lie alike
 
-    // Of the parameter's shape: slots and average.
+    bool counts_on_host() const {
+      return (!step || step->is_on_host) && (!product || product->is_on_host);
+    }
+    // But for the counters.
     template <class Visitor>
     void for_each_tensor(const Visitor& visit) const {
       for (const StateTensor& slot : slots) visit(slot);
       if (average) visit(*average);
+      if (!coding) return;
+      for (const auto& largest : coding->largest) {
+        if (largest) visit(*largest);
+      }
+      if (coding->remainder) visit(*coding->remainder);
+    }
+    template <class Visitor>
+    void for_each_counter(const Visitor& visit) const {
+      if (step) visit(*step);
+      if (product) visit(*product);
     }
   };
   struct Refusal {
@@ -115,10 +149,11 @@ class StepPlan {
   void refuse_other_threads() const;
   // Changes with any walk.
   int64_t walks_version() const { return walks_version_; }
-  // Counts the step of a rule whose counter the host can read; the number, from 1.
-  double advance_step(const Entry& entry) const;
-  // Refuses rules whose slots are not those of the entries.
-  void check_slots(const Entry& entry, int slots) const;
+  // Advances the counters that are on the host; what they are then. Those elsewhere are left out.
+  Progress advance_counters(const Entry& entry, const UpdateRuleInfo& rule,
+                            const double* hyperparameters) const;
+  // Refuses rules whose state is not that of the entries.
+  void check_state(const Entry& entry, const UpdateRuleInfo& rule) const;
   // What a step writes and autograd may have saved.
   void note_written(const Entry& entry, bool gradients, pybind11::list written) const;
   // A gradient that is to be zeros leaves the graph that made it, as in torch's zero_grad.
@@ -142,6 +177,10 @@ class StepPlan {
   void plan_walk(Entry& entry, const Layout* grad);
   bool is_here(const torch_access::Description& tensor) const;
   StateTensor state_tensor(pybind11::handle tensor, const Entry& entry) const;
+  StateTensor coded_tensor(pybind11::handle tensor, std::vector<int64_t> sizes,
+                           std::vector<int64_t> strides, torch_access::DLDataType dtype) const;
+  void add_coding(pybind11::handle coding, pybind11::tuple slots, Entry& entry);
+  std::optional<CounterTensor> counter_tensor(pybind11::handle tensor);
 
   Device device_;
   bool counts_here_on_host_;

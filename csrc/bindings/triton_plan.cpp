@@ -26,14 +26,14 @@ struct TritonPlan::Record {
   int64_t begin, end, first_chunk;
   const void* functors = nullptr;  // of each task; nullptr: `functor` serves all
   const void* found_inf = nullptr;
-  double step = 0;
+  double step = 0, product = 1;  // of the rule's Progress, as far as the host counts
   int64_t maximize = 0, is_l2 = 0, changes_gradients = 0, zero_grad = 0, moves_averages = 0;
   double clip_value = 0, average_weight = 0;
   Number decay, grad_scale, hyperparameters[kMaxHyperparameters];
   unsigned char functor[kFunctorBytes] = {};
 };
 
-static_assert(sizeof(DeviceTask) == 11 * 8 && sizeof(Walk) == (1 + 7 * kMaxDims) * 8,
+static_assert(sizeof(DeviceTask) == 14 * 8 && sizeof(Walk) == (1 + 7 * kMaxDims) * 8,
               "Triton's kernels know where their words are");
 
 TritonPlan::TritonPlan(py::dict state, py::list groups, int device_type, int device_index,
@@ -51,7 +51,7 @@ TritonPlan::Record TritonPlan::record_of(const Part& part, uintptr_t table) cons
 }
 
 int64_t TritonPlan::add_record(const Record& record, const Gradients& grads) {
-  static_assert(sizeof record == 46 * 8, "Triton's kernels know where the gradients are");
+  static_assert(sizeof record == 50 * 8, "Triton's kernels know where the gradients are");
   const size_t place = words_.size();
   words_.resize(place + sizeof record / 8 + grads.size());
   std::memcpy(&words_[place], &record, sizeof record);
@@ -81,7 +81,8 @@ py::tuple TritonPlan::run(py::tuple rules, py::tuple tail, uintptr_t table, uint
     Record record = record_of(part, table);
     record.functors = rule.functors;
     record.found_inf = tail.found_inf;
-    record.step = rule.step;
+    record.step = rule.progress.step;
+    record.product = rule.progress.product;
     record.maximize = rule.maximize;
     record.is_l2 = rule.weight_decay == WeightDecay::kL2;
     record.changes_gradients = tail.changes_gradients;
@@ -99,7 +100,7 @@ py::tuple TritonPlan::run(py::tuple rules, py::tuple tail, uintptr_t table, uint
     if (!rule.functors) {
       BoundRule bound{};
       bound.rule = rule.rule;
-      kernels.bind(bound, part.dtype, hyperparameters, rule.step);
+      kernels.bind(bound, part.dtype, hyperparameters, rule.progress);
       std::memcpy(record.functor, bound.functor, sizeof record.functor);
     }
     const UpdateRuleInfo& info = kernels.rules[rule.rule];

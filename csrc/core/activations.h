@@ -81,11 +81,6 @@ HOST_DEVICE float with_sign_of(float magnitude, float sign) {
 HOST_DEVICE double with_sign_of(double magnitude, double sign) {
   return std::copysign(magnitude, sign);
 }
-// Bounds that leave a NaN alone; a bound that is NaN is none.
-HOST_DEVICE float at_least(float x, float bound) { return x < bound ? bound : x; }
-HOST_DEVICE double at_least(double x, double bound) { return x < bound ? bound : x; }
-HOST_DEVICE float at_most(float x, float bound) { return x > bound ? bound : x; }
-HOST_DEVICE double at_most(double x, double bound) { return x > bound ? bound : x; }
 HOST_DEVICE float zero_below(float value, float x, float bound) { return x < bound ? 0.0f : value; }
 HOST_DEVICE double zero_below(double value, double x, double bound) {
   return x < bound ? 0.0 : value;

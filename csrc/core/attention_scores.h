@@ -64,10 +64,8 @@ HOST_DEVICE V exponential_of(V difference, T factor) {
   return exponential_of_two<T>(difference * (factor * kLog2E));
 }
 
-// Dropout. A weight is dropped where its word of random numbers is below the threshold. Words come
-// in groups of 64 keys: lane l of a group makes those of its keys l, l + 16, l + 32 and l + 48, as
-// Philox numbers of lane, row, head (counted through the batch) and the seed.
-constexpr int kRandomLanes = 16, kRandomGroup = 4 * kRandomLanes;
+// Dropout. A weight is dropped where its word of random numbers is below the threshold: that of its
+// key, in the row of its query, of its head counted through the batch.
 
 HOST_DEVICE uint32_t dropout_threshold(const AttentionLayer& layer) {
   return static_cast<uint32_t>(layer.dropout * 4294967296.0);

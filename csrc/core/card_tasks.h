@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "core/counter.h"
 #include "core/dtypes.h"
 #include "core/operands.h"
 #include "core/update_rules.h"
@@ -28,12 +29,11 @@ inline void* const kNoElements = reinterpret_cast<void*>(16);
 // One parameter, in a table in the device's memory. Triton's kernels know it by its words.
 struct DeviceTask {
   void* operands[kOperands];  // but for the gradient: addresses that stay
-  void* step;                 // a counter on the device, or nullptr
+  Counter step, product;      // on the device, or without data
   const Walk* walk;           // in the device's memory; nullptr: all dense and alike
   int64_t numel;
   int64_t first_chunk;  // chunks of the tasks before this one
-  bool step_is_double;
-  bool grad_is_dense;  // whatever the walk says
+  bool grad_is_dense;   // whatever the walk says
 };
 
 // What surrounds the update of every parameter in one step.
@@ -55,7 +55,7 @@ struct StepRule {
   Scalar decay;
   bool maximize;
   Scalar hyperparameters[kMaxHyperparameters];
-  double step;              // where the host counts
+  Progress progress;        // as far as the host counts
   unsigned char* functors;  // on the device, [tasks, kFunctorBytes]: where the device counts or a
                             // hyperparameter is read there; otherwise nullptr
 };

@@ -35,5 +35,10 @@ template <class T>
 HOST_DEVICE T sign_of(T value) {
   return static_cast<T>(value > 0) - static_cast<T>(value < 0);
 }
+// Bounds that leave a NaN alone; a bound that is NaN is none.
+HOST_DEVICE float at_least(float x, float bound) { return x < bound ? bound : x; }
+HOST_DEVICE double at_least(double x, double bound) { return x < bound ? bound : x; }
+HOST_DEVICE float at_most(float x, float bound) { return x > bound ? bound : x; }
+HOST_DEVICE double at_most(double x, double bound) { return x > bound ? bound : x; }
 
 FASTOPT_END_NAMESPACE

@@ -32,4 +32,8 @@ HOST_DEVICE void philox(Word (&counter)[4], uint64_t seed) {
   }
 }
 
+// Words of a row come in groups of 64: lane l of a group makes those of its places l, l + 16, l +
+// 32 and l + 48, from counters of lane, row and head.
+constexpr int kRandomLanes = 16, kRandomGroup = 4 * kRandomLanes;
+
 FASTOPT_END_NAMESPACE

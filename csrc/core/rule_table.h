@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "core/update_rules.h"
@@ -16,17 +17,39 @@ using RuleAt = std::tuple_element_t<kIndex, UpdateRules<T>>;
 constexpr std::size_t kRules = std::tuple_size<UpdateRules<float>>::value;
 using RuleIndices = std::make_index_sequence<kRules>;
 
-// Folds hyperparameters, in the order of the rule's own struct, and the number of the step.
 template <class Rule>
-HOST_DEVICE void bind_rule(void* functor, const double* hyperparameters, double step) {
-  static_assert(sizeof(Rule) <= kFunctorBytes, "raise kFunctorBytes");
+HOST_DEVICE typename Rule::Hyperparameters hyperparameters_of(const double* values) {
   typename Rule::Hyperparameters h;
   static_assert(sizeof h <= kMaxHyperparameters * sizeof(double), "raise kMaxHyperparameters");
-  memcpy(&h, hyperparameters, sizeof h);
-  new (functor) Rule(h, step);
+  memcpy(&h, values, sizeof h);
+  return h;
 }
 
-using BindRule = void (*)(void* functor, const double* hyperparameters, double step);
+// Folds hyperparameters, in the order of the rule's own struct, and the parameter's progress.
+template <class Rule>
+HOST_DEVICE void bind_rule(void* functor, const double* hyperparameters, const Progress& progress) {
+  static_assert(sizeof(Rule) <= kFunctorBytes, "raise kFunctorBytes");
+  new (functor) Rule(hyperparameters_of<Rule>(hyperparameters), progress);
+}
+
+template <class Rule>
+HOST_DEVICE double factor(const double* hyperparameters, double step) {
+  return Rule::factor(hyperparameters_of<Rule>(hyperparameters), step);
+}
+
+using Factor = double (*)(const double* hyperparameters, double step);
+using BindRule = void (*)(void* functor, const double* hyperparameters, const Progress& progress);
+
+template <class Rule, class = void>
+constexpr Factor kFactor = nullptr;
+template <class Rule>
+constexpr Factor kFactor<Rule, std::void_t<decltype(&Rule::factor)>> = factor<Rule>;
+
+template <class Rule, class = void>
+constexpr unsigned kPositiveSlotsOf = 0;
+template <class Rule>
+constexpr unsigned kPositiveSlotsOf<Rule, std::void_t<decltype(Rule::kPositiveSlots)>> =
+    Rule::kPositiveSlots;
 
 template <class Indices>
 struct RuleTable;
@@ -35,14 +58,15 @@ template <std::size_t... kIndices>
 struct RuleTable<std::index_sequence<kIndices...>> {
   static constexpr UpdateRuleInfo kInfo[] = {
       {RuleAt<float, kIndices>::kName, RuleAt<float, kIndices>::kSlots,
-       static_cast<int>(sizeof(typename RuleAt<float, kIndices>::Hyperparameters) /
-                        sizeof(double))}...};
+       static_cast<int>(sizeof(typename RuleAt<float, kIndices>::Hyperparameters) / sizeof(double)),
+       kFactor<RuleAt<float, kIndices>>, kPositiveSlotsOf<RuleAt<float, kIndices>>}...};
 
   // Binds the rule for the arithmetic type T.
   template <class T>
-  static void bind(int rule, void* functor, const double* hyperparameters, double step) {
+  static void bind(int rule, void* functor, const double* hyperparameters,
+                   const Progress& progress) {
     static constexpr BindRule kBind[] = {bind_rule<RuleAt<T, kIndices>>...};
-    kBind[rule](functor, hyperparameters, step);
+    kBind[rule](functor, hyperparameters, progress);
   }
 };
 

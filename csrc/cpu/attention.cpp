@@ -44,9 +44,10 @@ void backward(const AttentionBackward& call) {
   kRun[static_cast<int>(call.layer.dtype)](call);
 }
 
-void random_words(uint64_t seed, int64_t head, int64_t rows, int64_t keys, uint32_t* words) {
+void random_words(uint64_t seed, int64_t head, int64_t first_row, int64_t rows, int64_t keys,
+                  uint32_t* words) {
   for (int64_t row = 0; row < rows; ++row) {
-    random_row(seed, head, row, 0, keys, words + row * keys);
+    random_row(seed, head, first_row + row, 0, keys, words + row * keys);
   }
 }
 

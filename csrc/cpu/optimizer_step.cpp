@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/rule_table.h"
+#include "cpu/coded_state.h"
 #include "cpu/portions.h"
 #include "cpu/simd.h"
 
@@ -54,6 +55,14 @@ ApplyRule<Storage> find_apply(int rule, std::index_sequence<kIndices...>) {
 }
 
 template <class Storage>
+void apply_bound(const BoundRule& bound, const Tile<Storage>& tile) {
+  const auto apply = bound.weight_decay == WeightDecay::kL2
+                         ? find_apply<Storage, WeightDecay::kL2>(bound.rule, RuleIndices{})
+                         : find_apply<Storage, WeightDecay::kDecoupled>(bound.rule, RuleIndices{});
+  apply(bound, tile);
+}
+
+template <class Storage>
 void clip_tile(Storage* grad, int64_t n, const Tail& tail) {
   using T = ComputeType<Storage>;
   const T scale = static_cast<T>(tail.grad_scale);
@@ -90,11 +99,7 @@ void run_tile(const StepTask& task, const BoundRule* bound, const Tail& tail, in
   }
   if (bound) {
     if (tail.changes_gradients()) clip_tile(tile.operands[kGrad], tile.size, tail);
-    const auto apply =
-        bound->weight_decay == WeightDecay::kL2
-            ? find_apply<Storage, WeightDecay::kL2>(bound->rule, RuleIndices{})
-            : find_apply<Storage, WeightDecay::kDecoupled>(bound->rule, RuleIndices{});
-    apply(*bound, tile);
+    apply_bound(*bound, tile);
     operands[kParam].store_tile();
     for (int k = kFirstSlot; k < kOperands && task.operands[k]; ++k) operands[k].store_tile();
     if (tail.zero_grad) memset(tile.operands[kGrad], 0, tile.size * sizeof(Storage));
@@ -103,6 +108,49 @@ void run_tile(const StepTask& task, const BoundRule* bound, const Tail& tail, in
   if (task.operands[kAverage]) {
     average_tile(tile.operands[kAverage], tile.operands[kParam], tile.size, tail.average_weight);
     operands[kAverage].store_tile();
+  }
+}
+
+// The same through fp32 copies, for what is stored otherwise than in the parameter's dtype.
+template <class Storage>
+void run_coded_tile(const StepTask& task, const BoundRule* bound, const Tail& tail, int64_t index) {
+  const StateCoding& coding = *task.coding;
+  const UpdateRuleInfo& rule = AllRules::kInfo[bound->rule];
+  const int64_t start = index * kTile;
+  alignas(64) float buffers[kOperands][kTile];
+  Tile<float> tile;
+  tile.size = task.numel - start < kTile ? task.numel - start : kTile;
+
+  const CodedParam<Storage> param(task.operands[kParam], coding.param, coding.remainder, start,
+                                  tile.size);
+  const auto slot = [&](int s) {
+    return CodedSlot(task.operands[kFirstSlot + s], coding.slots[s], coding.largest[s],
+                     rule.positive_slots >> s & 1, start, tile.size);
+  };
+  OperandTile<Storage> operand;
+  Storage* const grad = operand.load_tile(task.operands[kGrad], task.walk, kGrad, start, tile.size);
+  Draws draws;
+  if (coding.draws(rule)) draws.make(coding, start, tile.size);
+  if (tail.changes_gradients()) clip_tile(grad, tile.size, tail);
+  tile.operands[kParam] = param.decode(buffers[kParam]);
+  tile.operands[kGrad] = widened_tile(grad, tile.size, buffers[kGrad]);
+  for (int k = kFirstSlot; k < kFirstSlot + rule.slots; ++k) {
+    tile.operands[k] = slot(k - kFirstSlot).decode(buffers[k]);
+  }
+  apply_bound(*bound, tile);
+  param.encode(tile.operands[kParam], draws);
+  for (int k = kFirstSlot; k < kFirstSlot + rule.slots; ++k) {
+    slot(k - kFirstSlot).encode(tile.operands[k], draws);
+  }
+  if (tail.zero_grad) memset(grad, 0, tile.size * sizeof(Storage));
+  if (tail.zero_grad || tail.changes_gradients()) operand.store_tile();
+  if (task.operands[kAverage]) {
+    OperandTile<Storage> averages;
+    Storage* const average =
+        averages.load_tile(task.operands[kAverage], task.walk, kAverage, start, tile.size);
+    average_tile(average, static_cast<const Storage*>(task.operands[kParam]) + start, tile.size,
+                 tail.average_weight);
+    averages.store_tile();
   }
 }
 
@@ -117,9 +165,12 @@ void prefetch_start(const StepTask& task) {
 }
 
 void run_tiles(const StepBatch& batch, int64_t begin, int64_t end) {
-  static void (*const kRunTile[kDTypes])(const StepTask&, const BoundRule*, const Tail&,
-                                         int64_t) = {run_tile<float>, run_tile<double>,
-                                                     run_tile<BFloat16>, run_tile<Half>};
+  using RunTile = void (*)(const StepTask&, const BoundRule*, const Tail&, int64_t);
+  static constexpr RunTile kRunTile[kDTypes] = {run_tile<float>, run_tile<double>,
+                                                run_tile<BFloat16>, run_tile<Half>};
+  // Parameters in double precision have no coded state.
+  static constexpr RunTile kRunCodedTile[kDTypes] = {
+      run_coded_tile<float>, nullptr, run_coded_tile<BFloat16>, run_coded_tile<Half>};
   int64_t low = 0, high = batch.task_count;  // the last task that starts at or before `begin`
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
@@ -128,10 +179,12 @@ void run_tiles(const StepBatch& batch, int64_t begin, int64_t end) {
   for (const StepTask* task = batch.tasks + low; begin < end; ++task) {
     const int64_t tiles = tiles_of(task->numel);
     const BoundRule* bound = task->operands[kGrad] ? batch.rules + task->bound_rule : nullptr;
+    const RunTile run =
+        (bound && task->coding ? kRunCodedTile : kRunTile)[static_cast<int>(task->dtype)];
     if (begin + 1 < end && task + 1 < batch.tasks + batch.task_count) prefetch_start(task[1]);
     for (; begin < end && begin - task->first_tile < tiles; ++begin) {
       const int64_t index = begin - task->first_tile;
-      kRunTile[static_cast<int>(task->dtype)](*task, bound, batch.tail, index);
+      run(*task, bound, batch.tail, index);
     }
   }
 }
@@ -141,10 +194,10 @@ void step(const StepBatch& batch) {
                    [&](int64_t begin, int64_t end) { run_tiles(batch, begin, end); });
 }
 
-void bind(BoundRule& bound, DType dtype, const double* hyperparameters, double step_number) {
+void bind(BoundRule& bound, DType dtype, const double* hyperparameters, const Progress& progress) {
   const auto bind_functor =
       dtype == DType::kFloat64 ? AllRules::bind<double> : AllRules::bind<float>;
-  bind_functor(bound.rule, bound.functor, hyperparameters, step_number);
+  bind_functor(bound.rule, bound.functor, hyperparameters, progress);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/dtypes.h"
+#include "core/state_codes.h"
 #include "core/update_rules.h"
 #include "cpu/tensor_walk.h"
 
@@ -30,6 +31,24 @@ struct Tail {
   }
 };
 
+// How one parameter and its state are stored where that is not simply in the parameter's dtype. The
+// parameter is dense, and what belongs to it lies as it does.
+struct StateCoding {
+  SlotCode slots[kMaxSlots];
+  float* largest[kMaxSlots];  // kBlockwise8: [blocks]
+  ParamCode param;
+  void* remainder;  // [numel] of 16 bits: kKahan, kMaster
+  // Of the random numbers: the key, and what tells parameters and steps apart.
+  uint64_t seed;
+  int64_t number, step;
+
+  bool draws(const UpdateRuleInfo& rule) const {
+    bool any = param == ParamCode::kStochastic;
+    for (int s = 0; s < rule.slots; ++s) any = any || slots[s] != SlotCode::kFloat32;
+    return any;
+  }
+};
+
 // The update of one parameter.
 struct StepTask {
   void* operands[kOperands];  // [numel] each; no gradient: only the average is updated
@@ -38,6 +57,7 @@ struct StepTask {
   int64_t first_tile;  // tiles of the tasks before this one
   DType dtype;
   int bound_rule;
+  const StateCoding* coding;  // nullptr: everything has the parameter's dtype
 };
 
 struct StepBatch {
@@ -53,8 +73,9 @@ struct StepBatch {
 struct OptimizerKernels {
   const UpdateRuleInfo* rules;
   int rule_count;
-  // Folds `hyperparameters` and the step number into bound.functor; bound.rule is set.
-  void (*bind)(BoundRule& bound, DType dtype, const double* hyperparameters, double step);
+  // Folds `hyperparameters` and the progress into bound.functor; bound.rule is set.
+  void (*bind)(BoundRule& bound, DType dtype, const double* hyperparameters,
+               const Progress& progress);
   // Elementwise over all tasks in one parallel region. Tasks must not overlap in memory.
   void (*step)(const StepBatch& batch);
 };

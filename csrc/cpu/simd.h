@@ -330,6 +330,80 @@ struct Lanes<Vec<T>, uint8_t> {
     return result;
   }
 };
+// The bits of fp32 lanes, or of one number.
+HOST_DEVICE Bits32 bits_of(Vec<float> vector) { return (Bits32)vector.value; }
+HOST_DEVICE uint32_t bits_of(float value) { return float_bits(value); }
+HOST_DEVICE Vec<float> from_bits(Bits32 bits) { return {(Vec<float>::Native)bits}; }
+HOST_DEVICE float from_bits(uint32_t bits) { return float_from_bits(bits); }
+template <class V>
+using BitsOf = decltype(bits_of(V()));
+
+template <class Bits>
+HOST_DEVICE Bits load_bits(const uint32_t* source) {
+  Bits bits;
+  memcpy(&bits, source, sizeof bits);
+  return bits;
+}
+
+// The lower halves, as 16-bit words in memory.
+HOST_DEVICE void store_low_halves(void* target, Bits32 bits) {
+  store_narrowed(target, bits & 0xFFFFu);
+}
+HOST_DEVICE void store_low_halves(void* target, uint32_t bits) {
+  const uint16_t half = static_cast<uint16_t>(bits);
+  memcpy(target, &half, sizeof half);
+}
+template <class Bits>
+HOST_DEVICE Bits load_halves(const void* source) {
+  if constexpr (sizeof(Bits) == sizeof(uint32_t)) {
+    uint16_t half;
+    memcpy(&half, source, sizeof half);
+    return half;
+  } else {
+    return widened(source);
+  }
+}
+
+// `bits`, or those of a quiet NaN where the number is a NaN.
+HOST_DEVICE Bits32 unless_nan(Vec<float> vector, Bits32 bits) {
+  return vector.value != vector.value ? (Bits32)vector.value | 0x00400000u : bits;
+}
+HOST_DEVICE uint32_t unless_nan(float value, uint32_t bits) {
+  return value != value ? float_bits(value) | 0x00400000u : bits;
+}
+
+// Bytes to 32 bits and back; the upper bits are zero.
+template <class Bits>
+HOST_DEVICE Bits load_bytes(const uint8_t* source) {
+  if constexpr (sizeof(Bits) == sizeof(uint32_t)) {
+    return *source;
+  } else {
+#if defined(__AVX512F__)
+    return (Bits)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)source));
+#elif defined(__AVX2__)
+    return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)source));
+#else
+    Bits bits;
+    for (int i = 0; i < kFloatLanes; ++i) bits[i] = source[i];
+    return bits;
+#endif
+  }
+}
+HOST_DEVICE void store_bytes(uint8_t* target, uint32_t bits) {
+  *target = static_cast<uint8_t>(bits);
+}
+HOST_DEVICE void store_bytes(uint8_t* target, Bits32 bits) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)target, _mm512_cvtepi32_epi8((__m512i)bits));
+#elif defined(__AVX2__)
+  const __m256i words = (__m256i)bits;
+  const __m128i halves =
+      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64((__m128i*)target, _mm_packus_epi16(halves, halves));
+#else
+  for (int i = 0; i < kFloatLanes; ++i) target[i] = static_cast<uint8_t>(bits[i]);
+#endif
+}
 
 // 0, 1, 2, ...
 template <class V>

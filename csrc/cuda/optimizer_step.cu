@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   for_each_pack(operands[kParam], share.start, share.end, visit);
 }
 
-// One thread counts the step of one task and folds its scalars.
+// One thread advances the counters of one task and folds its scalars.
 template <class Rule, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     advance_steps_kernel(const DeviceTask* tasks, int begin, int end,
@@ -180,18 +180,21 @@ __global__ void __launch_bounds__(kThreads)
   if (index >= end) return;
   void* const grad = grads.at[index - begin];
   if (!grad || grad == kLeaveAlone) return;
-  double step = rule.step;
-  if (void* counter = tasks[index].step) {
-    step = tasks[index].step_is_double ? *static_cast<double*>(counter) += 1
-                                       : *static_cast<float*>(counter) += 1;
-  }
   double hyperparameters[kMaxHyperparameters];
 #pragma unroll
   for (int i = 0; i < kMaxHyperparameters; ++i) {
     hyperparameters[i] = read(rule.hyperparameters[i]);
   }
+  Progress progress = rule.progress;
+  const Counter step = tasks[index].step, product = tasks[index].product;
+  if (step.data) progress.step = advance(step, 1, 1);
+  if constexpr (kFactor<Rule> != nullptr) {
+    if (product.data) {
+      progress.product = advance(product, factor<Rule>(hyperparameters, progress.step), 0);
+    }
+  }
   bind_rule<Rule>(rule.functors + static_cast<int64_t>(index) * kFunctorBytes, hyperparameters,
-                  step);
+                  progress);
 }
 
 // Kernels by the number of their rule.
@@ -283,7 +286,7 @@ void launch_optimizer_step(const TaskRange& range, const StepRule& rule, const D
     }
     const auto bind =
         range.dtype == DType::kFloat64 ? AllRules::bind<double> : AllRules::bind<float>;
-    bind(rule.rule, args.functor, hyperparameters, rule.step);
+    bind(rule.rule, args.functor, hyperparameters, rule.progress);
   }
   with_kernels(range.dtype, [&](auto kernels) {
     with_grad_addresses(range, [&](const auto& grads) {

@@ -29,7 +29,7 @@ extern const int kRuleCount;
 void load_kernels(DType dtype, int device);
 void load_norm_kernels(DType dtype);
 
-// Counts the step of each task that has a gradient and folds its scalars into rule.functors.
+// Advances the counters of each task that has a gradient and folds its scalars into rule.functors.
 void launch_advance_steps(const TaskRange& range, const StepRule& rule, const float* found_inf,
                           const Stream& stream);
 

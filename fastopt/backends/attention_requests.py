@@ -15,6 +15,7 @@ from fastopt.backends.plain_tensors import (
     compute_dtype,
     is_on_host,
     not_plain,
+    on_several_cards,
     transformed,
 )
 
@@ -42,6 +43,8 @@ def refuse_attention(
         ("cu_seqlens_k", request.key_starts, torch.int32),
         ("cache_seqlens", request.used_keys, torch.int32),
     )
+    if reason := on_several_cards([tensor for _, tensor, _ in named], request.device):
+        return reason
     for name, tensor, wanted in named:
         if tensor is not None and wanted is not None and tensor.dtype is not wanted:
             return f"{name} has dtype {tensor.dtype} beside queries of {dtype}"

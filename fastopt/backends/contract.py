@@ -11,10 +11,15 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastopt.backends.state_codes import StateCoding
+
 ParamGroup = dict[str, Any]
 
 # Of an optimizer's state: the exponential moving average of a parameter.
 AVERAGE = "ema"
+
+# Of NAdam's state: the product of the momenta up to now.
+PRODUCT = "mu_product"
 
 # State made for a step that is still to come: parameter and keys, by the parameter's id.
 Created = dict[int, tuple[Tensor, list[str]]]
@@ -78,6 +83,8 @@ class ParameterRequest:
         step: What counts its steps, where the rule keeps it.
         rule: The update rule's name.
         group: The parameter group, for its flags.
+        product: What multiplies the rule's factors up, where the rule has some.
+        coding: How state is stored that does not have the parameter's dtype; or None.
     """
 
     operator: ClassVar[str] = "optimizer_step"
@@ -88,6 +95,8 @@ class ParameterRequest:
     step: Any
     rule: str
     group: ParamGroup
+    product: Any = None
+    coding: StateCoding | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -338,8 +347,13 @@ class SteppedOptimizer(Protocol):
     ema_decay: float | None
     grad_norm: Tensor | None
     _averages_began: bool
+    rounding_seed: int
+    _has_coded: bool
     _backend: str | None
     _plan: Any
+
+    def _coding(self, group: ParamGroup, param: Tensor) -> StateCoding | None:
+        """How a parameter's state is stored; None: in the parameter's dtype."""
 
     def _update_rule(self, group: ParamGroup) -> UpdateRule:
         """The rule of a group with its present numbers."""
@@ -350,8 +364,14 @@ class SteppedOptimizer(Protocol):
     def _prepare(self, group: ParamGroup) -> None:
         """Runs stock's checks of the gradients and makes the state that stock makes lazily."""
 
+    def _new_state(self, key: str, param: Tensor) -> Tensor:
+        """What a state tensor is before the first step."""
+
     def _torch_step(self, group: ParamGroup) -> None:
         """Steps a group with torch's own implementation."""
+
+    def _count_step(self) -> None:
+        """Counts, in the groups, a step that took place."""
 
 
 class Refusal(NamedTuple):

@@ -11,6 +11,7 @@ from fastopt.backends.plain_tensors import (
     autocast_dtype,
     compute_dtype,
     not_plain,
+    on_several_cards,
     transformed,
 )
 
@@ -44,6 +45,8 @@ def refuse_linear_cross_entropy(request: LinearCrossEntropyRequest, device: str)
         ("target", request.target, target_dtype),
         ("weight", request.weight, of_loss),
     )
+    if reason := on_several_cards([tensor for _, tensor, _ in named], request.device):
+        return reason
     for name, tensor, wanted in named:
         if tensor is None:
             continue

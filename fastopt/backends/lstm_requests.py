@@ -15,6 +15,7 @@ from fastopt.backends.plain_tensors import (
     autocast_dtype,
     compute_dtype,
     not_plain,
+    on_several_cards,
     transformed,
 )
 
@@ -25,6 +26,9 @@ def refuse_lstm(request: LstmRequest, device: str) -> str | None:
         return reason
     if request.device.type != device:
         return f"the input is on {request.device}"
+    tensors = [request.input, request.initial_hidden, request.initial_cell, *request.weights]
+    if reason := on_several_cards(tensors, request.device):
+        return reason
     casts = autocast_dtype(request.device) is not None
     # Of these, stock casts some results and not others: that is left to it.
     if casts and (request.batch_sizes is not None or _is_projected(request)):
@@ -32,7 +36,6 @@ def refuse_lstm(request: LstmRequest, device: str) -> str | None:
     if request.input.dtype not in REAL_DTYPES:
         return f"no kernel has the dtype {request.input.dtype}"
     if not torch.compiler.is_compiling():
-        tensors = [request.input, request.initial_hidden, request.initial_cell, *request.weights]
         for tensor in tensors:
             if reason := not_plain("a tensor", tensor, device):
                 return reason

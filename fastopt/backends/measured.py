@@ -6,13 +6,17 @@ import torch
 
 from fastopt.backends.contract import Request
 from fastopt.backends.measured_table import FASTEST
+from fastopt.backends.plain_tensors import autocast_dtype
 
 
 def fastest_measured(request: Request) -> str | None:
     """The backend that ``auto`` asks first, or None where nothing was measured."""
     if not FASTEST or request.device.type != "cuda":
         return None
-    return FASTEST.get((request.operator, str(request.dtype), _capability(request.device)))
+    dtype = request.dtype
+    if request.operator == "lstm":  # which is cast once its backend is chosen
+        dtype = autocast_dtype(request.device) or dtype
+    return FASTEST.get((request.operator, str(dtype), _capability(request.device)))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

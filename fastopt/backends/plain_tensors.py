@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastopt import _native_cpu
+from fastopt.backends import state_codes
 from fastopt.backends.contract import ParameterRequest
+
+CODED_DTYPES = tuple(state_codes.DTYPES.values())
 
 # By their numbers in core/dtypes.h.
 REAL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -22,8 +25,12 @@ DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 MAX_DIMS = 64
 
 
-def refuse_request(request: ParameterRequest, device: str) -> str | None:
+def refuse_request(
+    request: ParameterRequest, device: str, takes_coding: bool = False
+) -> str | None:
     """Why kernels of a device type do not step a parameter, or None."""
+    if request.coding is not None and not takes_coding:
+        return "no kernel stores state otherwise than in the parameter's dtype"
     if request.group.get("differentiable"):
         return "differentiable=True has autograd record the step"
     reason = not_plain("the parameter", request.param, device)
@@ -32,13 +39,20 @@ def refuse_request(request: ParameterRequest, device: str) -> str | None:
     if reason is None and _may_overlap_itself(request.param):
         reason = "elements of the parameter share memory"
     for slot in request.slots:
+        if request.coding is not None and slot.dtype in CODED_DTYPES:
+            reason = reason or not_plain("a state tensor", slot, device, CODED_DTYPES)
+            continue
         reason = reason or not_plain("a state tensor", slot, device)
         if reason is None and _may_overlap_itself(slot):
             reason = "elements of a state tensor share memory"
         if reason is None:
             reason = unlike("a state tensor", slot, request.param)
     if reason is None and request.step is not None:
-        reason = _not_a_counter(request.step, device)
+        reason = _not_a_counter("the step counter", request.step, device, REAL_DTYPES[:2])
+    if reason is None and request.product is not None:
+        reason = _not_a_counter("the product of momenta", request.product, device, REAL_DTYPES)
+        if reason is None and is_on_host(request.product) and not is_on_host(request.step):
+            reason = "steps are counted on the device and the product of momenta is not"
     if reason is None and request.grad is not None:
         reason = not_plain("the gradient", request.grad, device)
         reason = reason or unlike("the gradient", request.grad, request.param)
@@ -66,6 +80,16 @@ def not_plain(
         return f"{what} has no memory"
     if tensor.dim() + tensor.is_complex() > MAX_DIMS:
         return f"{what} has {tensor.dim()} dimensions"
+    return None
+
+
+def on_several_cards(tensors: Iterable[Tensor | None], device: torch.device) -> str | None:
+    """Why kernels on one card cannot read all tensors, or None."""
+    if device.type == "cpu":  # of which there is one
+        return None
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            return f"tensors are on {device} and {tensor.device}"
     return None
 
 
@@ -118,10 +142,12 @@ def _may_overlap_itself(tensor: Tensor) -> bool:
     return _native_cpu.may_overlap_itself(list(tensor.shape), list(tensor.stride()))
 
 
-def _not_a_counter(step: Any, device: str) -> str | None:
-    if not isinstance(step, Tensor):
-        return f"the step counter is the {type(step).__name__} {step!r}"
-    if step.dtype not in (torch.float32, torch.float64) or step.numel() != 1:
-        return f"the step counter has dtype {step.dtype} and shape {tuple(step.shape)}"
-    on_host = not_plain("the step counter", step, "cpu") is None
-    return None if on_host else not_plain("the step counter", step, device)
+def _not_a_counter(
+    what: str, counter: Any, device: str, dtypes: Sequence[torch.dtype]
+) -> str | None:
+    if not isinstance(counter, Tensor):
+        return f"{what} is the {type(counter).__name__} {counter!r}"
+    if counter.dtype not in dtypes or counter.numel() != 1:
+        return f"{what} has dtype {counter.dtype} and shape {tuple(counter.shape)}"
+    on_host = not_plain(what, counter, "cpu") is None
+    return None if on_host else not_plain(what, counter, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.backends.contract import AVERAGE, Created, ParamGroup, Refusal, SteppedOptimizer
+from fastopt.backends import state_codes
+from fastopt.backends.contract import (
+    AVERAGE,
+    PRODUCT,
+    Created,
+    ParamGroup,
+    Refusal,
+    SteppedOptimizer,
+    UpdateRule,
+)
 from fastopt.backends.plain_tensors import not_plain, unlike
+from fastopt.backends.state_codes import CodedState, StateCoding
 
 
 class Service(enum.IntEnum):
@@ -23,18 +34,20 @@ class Service(enum.IntEnum):
 
 
 class PlannedParameter(NamedTuple):
-    """A parameter in a plan; the last four fields count where it is served."""
+    """A parameter in a plan; what follows the service counts where it is served."""
 
     param: Tensor
     service: Service
     slots: tuple[Tensor, ...] = ()
     step: Tensor | None = None
+    product: Tensor | None = None
     average: Tensor | None = None
     is_new: bool = False
+    coding: CodedState | None = None
 
 
 def make_missing_state(optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]]) -> Created:
-    """Makes the state that the marked parameters with gradients lack: zeros, and averages.
+    """Makes the state that the marked parameters with gradients lack, averages included.
 
     Returns:
         What was made: parameters and keys, by the parameter's id, for ``undo_state``.
@@ -45,8 +58,8 @@ def make_missing_state(optimizer: SteppedOptimizer, served: Sequence[Sequence[bo
             if not mine or param.grad is None:
                 continue
             for key in missing_keys(optimizer, group, param):
-                make = new_average if key == AVERAGE else torch.zeros_like
-                optimizer.state[param][key] = make(param)
+                made = new_average(param) if key == AVERAGE else optimizer._new_state(key, param)
+                optimizer.state[param][key] = made
                 created.setdefault(id(param), (param, []))[1].append(key)
     return created
 
@@ -54,6 +67,30 @@ def make_missing_state(optimizer: SteppedOptimizer, served: Sequence[Sequence[bo
 def new_average(param: Tensor) -> Tensor:
     """What a parameter's average is before its first step."""
     return param.detach().clone(memory_format=torch.preserve_format)
+
+
+def make_coded_state(optimizer: SteppedOptimizer, rules: Sequence[UpdateRule]) -> Created:
+    """Makes the state of parameters with gradients that torch would store otherwise.
+
+    State that is there is brought to the way in which it is to be stored now.
+
+    Returns:
+        What was made, as ``make_missing_state`` does.
+    """
+    created: Created = {}
+    for group, rule in zip(optimizer.param_groups, rules, strict=True):
+        keys = optimizer._state_keys(group)
+        for param in group["params"]:
+            coding = optimizer._coding(group, param)
+            optimizer._has_coded |= coding is not None
+            state = optimizer.state.get(param)
+            if state and optimizer._has_coded:
+                state_codes.bring_to(state, keys, param, coding, rule.name)
+            elif not state and coding is not None and param.grad is not None:
+                made = state_codes.new_state(keys, param, coding)
+                optimizer.state[param].update(made)
+                created[id(param)] = param, list(made)
+    return created
 
 
 def undo_state(optimizer: SteppedOptimizer, param: Tensor, keys: Sequence[str]) -> None:
@@ -69,6 +106,9 @@ def missing_keys(optimizer: SteppedOptimizer, group: ParamGroup, param: Tensor) 
     """The state tensors that the step of a group needs and the parameter has not got."""
     state = optimizer.state.get(param, {})
     keys = optimizer._state_keys(group)
+    coding = optimizer._coding(group, param)
+    if coding is not None:
+        keys = state_codes.state_keys(keys, coding)
     if optimizer.ema_decay is not None:
         keys += (AVERAGE,)
     return [key for key in keys if state.get(key) is None]
@@ -78,8 +118,12 @@ def planned_parameters(
     optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]], created: Created
 ) -> list[list[PlannedParameter]]:
     """Looks up the state of the parameters marked."""
+    numbers = itertools.count()
     return [
-        [_planned(optimizer, group, param, mine, created) for param, mine in members(group, marks)]
+        [
+            _planned(optimizer, group, param, mine, created, next(numbers))
+            for param, mine in members(group, marks)
+        ]
         for group, marks in zip(optimizer.param_groups, served, strict=True)
     ]
 
@@ -90,18 +134,46 @@ def members(group: ParamGroup, marks: Sequence[bool]) -> Iterator[tuple[Tensor, 
 
 
 def _planned(
-    optimizer: SteppedOptimizer, group: ParamGroup, param: Tensor, served: bool, created: Created
+    optimizer: SteppedOptimizer,
+    group: ParamGroup,
+    param: Tensor,
+    served: bool,
+    created: Created,
+    number: int,
 ) -> PlannedParameter:
     if not served:
         return PlannedParameter(param, Service.ELSEWHERE)
     if missing_keys(optimizer, group, param):
         return PlannedParameter(param, Service.WITHOUT_STATE)
     state = optimizer.state.get(param, {})
-    slots = tuple([state[key] for key in optimizer._state_keys(group)])
+    keys = optimizer._state_keys(group)
     average = None if optimizer.ema_decay is None else state[AVERAGE]
     _, made = created.get(id(param), (param, []))
-    is_new = any(key != AVERAGE for key in made)
-    return PlannedParameter(param, Service.SERVED, slots, state.get("step"), average, is_new)
+    coding = optimizer._coding(group, param)
+    return PlannedParameter(
+        param,
+        Service.SERVED,
+        tuple([state[key] for key in keys]),
+        state.get("step"),
+        state.get(PRODUCT),
+        average,
+        is_new=any(key != AVERAGE for key in made),
+        coding=None if coding is None else _coded(coding, keys, state, optimizer, number),
+    )
+
+
+def _coded(
+    coding: StateCoding,
+    keys: Sequence[str],
+    state: dict[str, Tensor],
+    optimizer: SteppedOptimizer,
+    number: int,
+) -> CodedState:
+    name, _ = state_codes.REMAINDERS.get(coding.param, ("", None))
+    largest = tuple([state.get(state_codes.largest_key(key)) for key in keys])
+    return CodedState(
+        coding.slots, largest, coding.param, state.get(name), optimizer.rounding_seed, number
+    )
 
 
 def scalar(value: float | Tensor) -> float | Tensor:

@@ -2,11 +2,13 @@
 
 It is the truth that tests hold the kernels to, chosen by name only. Each rule takes parameter and
 gradient, its state, its hyperparameters in the order of ``csrc/core/update_rules.h`` and the number
-of the step, counted from 1, and returns the new parameter and the new state.
+of the step, counted from 1, and returns the new parameter and the new state. A rule whose name is
+in ``FACTORS`` finds the product of its factors, this step's among them, behind its state.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastopt import _native_cpu
+from fastopt.backends import state_codes
 from fastopt.backends.contract import (
     AttentionRequest,
     Created,
@@ -98,9 +101,136 @@ def lion(
     return param - lr * torch.sign(direction), [moment]
 
 
+def adagrad(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Duchi et al. 2011, with a learning rate that decays."""
+    lr, lr_decay, eps = hyper
+    total = slots[0] + grad**2
+    return param - lr / (1 + (step - 1) * lr_decay) * grad / (total.sqrt() + eps), [total]
+
+
+def rmsprop(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Hinton 2012, lecture 6."""
+    lr, alpha, eps, _ = hyper
+    square = alpha * slots[0] + (1 - alpha) * grad**2
+    return param - lr * grad / (square.sqrt() + eps), [square]
+
+
+def rmsprop_momentum(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """The quotient enters a velocity."""
+    lr, alpha, eps, decay = hyper
+    square = alpha * slots[0] + (1 - alpha) * grad**2
+    velocity = decay * slots[1] + grad / (square.sqrt() + eps)
+    return param - lr * velocity, [square, velocity]
+
+
+def rmsprop_centered(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Graves 2013: the variance divides."""
+    lr, alpha, eps, _ = hyper
+    square = alpha * slots[0] + (1 - alpha) * grad**2
+    mean = alpha * slots[1] + (1 - alpha) * grad
+    return param - lr * grad / ((square - mean**2).sqrt() + eps), [square, mean]
+
+
+def rmsprop_centered_momentum(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Both."""
+    lr, alpha, eps, decay = hyper
+    square = alpha * slots[0] + (1 - alpha) * grad**2
+    mean = alpha * slots[1] + (1 - alpha) * grad
+    velocity = decay * slots[2] + grad / ((square - mean**2).sqrt() + eps)
+    return param - lr * velocity, [square, mean, velocity]
+
+
+def adamax(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Kingma and Ba 2015, algorithm 2, with eps as torch has it."""
+    lr, beta1, beta2, eps = hyper
+    first_moment = beta1 * slots[0] + (1 - beta1) * grad
+    infinity_norm = torch.maximum(beta2 * slots[1], grad.abs() + eps)
+    new_param = param - lr / (1 - beta1**step) * first_moment / infinity_norm
+    return new_param, [first_moment, infinity_norm]
+
+
+def radam(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Liu et al. 2020, algorithm 2, with eps beside the uncorrected root as torch has it."""
+    lr, beta1, beta2, eps = hyper
+    first_moment = beta1 * slots[0] + (1 - beta1) * grad
+    second_moment = beta2 * slots[1] + (1 - beta2) * grad**2
+    update = first_moment / (1 - beta1**step)
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * beta2**step / (1 - beta2**step)
+    if length > 5:
+        rectification = math.sqrt(
+            (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        )
+        update = update * rectification * math.sqrt(1 - beta2**step) / (second_moment.sqrt() + eps)
+    return param - lr * update, [first_moment, second_moment]
+
+
+def nadam_momentum(hyper: tuple[float, ...], step: int) -> float:
+    """The momentum of a step; Dozat's schedule."""
+    _, beta1, _, _, momentum_decay = hyper
+    return float(beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay)))
+
+
+def nadam(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Dozat 2016, algorithm 8."""
+    lr, beta1, beta2, eps, _ = hyper
+    product = slots[2]
+    now, following = nadam_momentum(hyper, step), nadam_momentum(hyper, step + 1)
+    first_moment = beta1 * slots[0] + (1 - beta1) * grad
+    second_moment = beta2 * slots[1] + (1 - beta2) * grad**2
+    ahead = (1 - now) * grad / (1 - product) + following * first_moment / (1 - product * following)
+    second_unbiased = second_moment / (1 - beta2**step)
+    new_param = param - lr * ahead / (second_unbiased.sqrt() + eps)
+    return new_param, [first_moment, second_moment]
+
+
+def schedule_free_adamw(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Defazio et al. 2024, algorithm 1: iterate z, average x, gradients between them at y."""
+    lr, beta1, beta2, eps, weight_decay, average_weight, group_step = hyper
+    iterate = slots[0]
+    average = (param - (1 - beta1) * iterate) / beta1
+    second_moment = beta2 * slots[1] + (1 - beta2) * grad**2
+    second_unbiased = second_moment / (1 - beta2**group_step)
+    direction = grad / (second_unbiased.sqrt() + eps) + weight_decay * param
+    iterate = iterate - lr * direction
+    average = (1 - average_weight) * average + average_weight * iterate
+    return (1 - beta1) * iterate + beta1 * average, [iterate, second_moment]
+
+
 RULES: dict[str, Rule] = {
-    rule.__name__: rule for rule in (sgd, momentum, nesterov, adam, amsgrad, lion)
+    rule.__name__: rule
+    for rule in (
+        *(sgd, momentum, nesterov, adam, amsgrad, lion, adagrad),
+        *(rmsprop, rmsprop_momentum, rmsprop_centered, rmsprop_centered_momentum),
+        *(adamax, radam, nadam, schedule_free_adamw),
+    )
 }
+
+# By which the product of a parameter grows in a step.
+FACTORS: dict[str, Callable[[tuple[float, ...], int], float]] = {"nadam": nadam_momentum}
+
+
+def numbers_of(rule: UpdateRule) -> tuple[float, ...]:
+    """The hyperparameters, read from where they are."""
+    return tuple(float(value) for value in rule.hyperparameters)
 
 
 def update(
@@ -113,8 +243,7 @@ def update(
         param = param * rule.decay
     elif rule.decay != 0:
         grad = grad + rule.decay * param
-    hyperparameters = tuple(float(value) for value in rule.hyperparameters)
-    return RULES[rule.name](param, grad, slots, hyperparameters, step)
+    return RULES[rule.name](param, grad, slots, numbers_of(rule), step)
 
 
 def surrounded_update(
@@ -228,15 +357,30 @@ def _step_parameter(planned: PlannedParameter, rule: UpdateRule, tail: Tail) -> 
     if planned.step is not None:
         planned.step.add_(1)
         step = int(planned.step.item())
-    old_param, old_grad, *old_slots = [_widened(t) for t in (param, grad, *planned.slots)]
+    slots = planned.slots
+    if rule.name in FACTORS:
+        assert planned.product is not None
+        planned.product.mul_(FACTORS[rule.name](numbers_of(rule), step))
+        slots += (planned.product,)
+    coded = planned.coding
+    stored = (param, *slots)
+    if coded is not None:
+        stored = tuple(state_codes.read(param, slots, coded, rule.name))
+    old_param, *old_slots = [_widened(t) for t in stored]
+    old_grad = _widened(grad)
     old_average = None if average is None else _widened(average)
     new_param, new_grad, new_slots, new_average = surrounded_update(
         old_param, old_grad, old_slots, old_average, rule, step, tail
     )
     if tail.zero_grad or tail.changes_gradients:
         _real(grad).copy_(new_grad)
-    for tensor, value in zip((param, *planned.slots), (new_param, *new_slots), strict=True):
-        _real(tensor).copy_(value)
+    new_values = (new_param, *new_slots)
+    if coded is not None:
+        alike = [torch.empty_like(param, dtype=torch.float64).copy_(v) for v in new_values]
+        state_codes.write(param, planned.slots, alike, coded, rule.name, step)
+    else:
+        for tensor, value in zip((param, *planned.slots), new_values, strict=True):
+            _real(tensor).copy_(value)
     if average is not None and new_average is not None:
         _real(average).copy_(new_average)
 
@@ -378,7 +522,7 @@ def dropout_factors(request: AttentionRequest, first_head: int = 0) -> Tensor:
     shape = (batch * heads, rows, max(-(-columns // 64), 1) * 64)
     words = torch.empty(shape, dtype=torch.int32, device="cpu")
     for head, own in enumerate(words):
-        _native_cpu.attention_random_words(int(request.seed), first_head + head, own)
+        _native_cpu.random_words(int(request.seed), first_head + head, 0, own)
     kept = (words.long() & 0xFFFFFFFF) >= int(request.dropout * 2**32)
     kept = kept[..., :columns].view(batch, heads, rows, columns)
     return kept.to(request.device).double() / (1 - request.dropout)

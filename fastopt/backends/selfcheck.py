@@ -1,8 +1,9 @@
 """Kernels of a card prove themselves on the user's own before anything is trained with them.
 
-A family of kernels registers a check: small parity cases, odd sizes among them, under a second in
-all. It runs at the family's first use on a card, and its verdict is kept in the user's cache
-directory for the same card, driver, torch and build. ``FASTOPT_SELFCHECK`` is ``on``, ``off``,
+A family of kernels registers a check: small parity cases, odd sizes among them. With kernels that
+are there it takes about a second; Triton has to compile its own first, for a minute or so. It runs
+at the family's first use on a card, and its verdict is kept in the user's cache directory for the
+same card, driver, torch and build. ``FASTOPT_SELFCHECK`` is ``on``, ``off``,
 which trusts the kernels, or ``force``, which checks once in each process whatever is kept.
 """
 
@@ -77,7 +78,7 @@ def refusal(family: str, backend: CheckedBackend, device: torch.device) -> str |
         ValueError: FASTOPT_SELFCHECK is none of its values.
     """
     setting = _setting()
-    if setting == "off" or _is_running.get():
+    if setting == "off" or is_running():
         return None
     identity = backend.identity(device)
     key = _key(family, identity)
@@ -117,6 +118,11 @@ def run(family: str, backend: CheckedBackend, device: torch.device) -> list[Outc
     finally:
         _is_running.reset(token)
     return outcomes
+
+
+def is_running() -> bool:
+    """Whether what runs now is a check, at somebody's first use of a family."""
+    return _is_running.get()
 
 
 def forget() -> None:

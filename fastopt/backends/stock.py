@@ -32,7 +32,9 @@ class TorchBackend:
     name = "torch"
 
     def supports(self, request: ParameterRequest) -> str | None:
-        """Always None."""
+        """Everything that torch has state for."""
+        if request.coding is not None:
+            return "torch stores state in the parameter's dtype alone"
         return None
 
     def supports_lstm(self, request: LstmRequest) -> str | None:

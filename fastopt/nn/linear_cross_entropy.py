@@ -91,7 +91,7 @@ def linear_cross_entropy(
         dtype = torch.float32 if request.input.dtype is lower else dtype
     loss = run(_batched(request), backend)
     if loss is None:
-        return _stock(request, options)
+        return _stock(request, options, probabilities)
     return loss.to(dtype) if input.dim() == 2 or reduction != "none" else loss.to(dtype).squeeze(0)
 
 
@@ -270,13 +270,16 @@ def _batched(request: LinearCrossEntropyRequest) -> LinearCrossEntropyRequest:
     )
 
 
-def _stock(request: LinearCrossEntropyRequest, options: LinearCrossEntropyOptions | None) -> Tensor:
+def _stock(
+    request: LinearCrossEntropyRequest,
+    options: LinearCrossEntropyOptions | None,
+    probabilities: bool,
+) -> Tensor:
     """What torch makes of it, in chunks where it knows how to."""
     stock = getattr(torch_functional, "linear_cross_entropy", None)
     extras = request.softcap or request.z_loss
     if stock is None or options is None or extras or transformed():
         return stock_linear_cross_entropy(request)
-    probabilities = request.target.dtype is not torch.int64
     loss: Tensor = stock(
         request.input, request.linear_weight, request.target, linear_bias=request.linear_bias,
         weight=request.weight, reduction=request.reduction,

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastopt.backends import registry
 from fastopt.backends.contract import (
     AVERAGE,
+    PRODUCT,
     OptimizerPlan,
     ParameterRequest,
     ParamGroup,
@@ -23,10 +24,12 @@ from fastopt.backends.contract import (
 )
 from fastopt.backends.planning import (
     joined_norm,
+    make_coded_state,
     make_missing_state,
     stays_on_device,
     undo_state,
 )
+from fastopt.backends.state_codes import STORAGE_OPTIONS
 from fastopt.backends.stock import TorchPlan, zero_gradients
 from fastopt.ops.grad_norm import clip_coefficient, refuse_nonfinite
 
@@ -63,6 +66,7 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
             raise RuntimeError("the optimizer changed while its step was being planned")
         optimizer._plan = plan
     plan.run(optimizer, rules, unscale, found_inf)
+    optimizer._count_step()
 
 
 def _skip(optimizer: SteppedOptimizer) -> None:
@@ -81,6 +85,7 @@ def traced_step(optimizer: SteppedOptimizer) -> None:
     plan = TorchPlan(optimizer, everything)
     plan.run(optimizer, (), _tail(optimizer, [plan], 1.0, begins))
     optimizer._averages_began = optimizer.ema_decay is not None
+    optimizer._count_step()
 
 
 def averages_begin(optimizer: SteppedOptimizer) -> bool:
@@ -210,10 +215,13 @@ class StepPlan:
             for group, rule in zip(optimizer.param_groups, rules, strict=True)
         ]
         self._averages_begin = averages_begin(optimizer)
+        self._created = make_coded_state(optimizer, rules)
         for group in optimizer.param_groups:
             optimizer._prepare(group)
         makes_state = [[backend.name != "torch" for backend in group] for group in chosen]
-        self._created = make_missing_state(optimizer, makes_state)
+        for param_id, made in make_missing_state(optimizer, makes_state).items():
+            param, keys = self._created.get(param_id, (made[0], []))
+            self._created[param_id] = param, keys + made[1]
         try:
             backends = dict.fromkeys(backend for group in chosen for backend in group)
             # Torch's part comes first: it may raise, and no kernel has run then.
@@ -292,7 +300,7 @@ class StepPlan:
         marks = [[False] * len(group["params"]) for group in groups]
         for group, place, reason, _ in refusals:
             param = groups[group]["params"][place]
-            if not self._falls_back:
+            if not self._falls_back or optimizer._coding(groups[group], param) is not None:
                 name = registry.requested(optimizer._backend)
                 raise RuntimeError(f"backend {name!r} cannot {step_of(param)}: {reason}")
             registry.log_fall_through(reason, "torch", step_of(param))
@@ -308,6 +316,7 @@ def _key(optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...]) -> list[obj
     key: list[object] = [optimizer._backend, registry.context_choice(), averages]
     for group, rule in zip(optimizer.param_groups, rules, strict=True):
         key += (rule.name, group.get("capturable"), group.get("differentiable"))
+        key += (group.get(name, getattr(optimizer, name)) for name in STORAGE_OPTIONS)
     return key
 
 
@@ -320,4 +329,6 @@ def requests(
         state = optimizer.state.get(param, {})
         slots = tuple([state[key] for key in keys if isinstance(state.get(key), Tensor)])
         grad = param.grad if with_gradients else None
-        yield ParameterRequest(param, grad, slots, state.get("step"), rule.name, group)
+        step, product = state.get("step"), state.get(PRODUCT)
+        coding = optimizer._coding(group, param)
+        yield ParameterRequest(param, grad, slots, step, rule.name, group, product, coding)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
@@ -12,10 +10,11 @@ from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule
 from fastopt.backends.planning import scalar
-from fastopt.optim.fused_optimizer import FusedOptimizer, Options, weight_decay_of
+from fastopt.optim.fused_optimizer import Options, weight_decay_of
+from fastopt.optim.torch_twin import TorchTwin
 
 
-class Adam(FusedOptimizer, torch.optim.Adam):
+class Adam(TorchTwin, torch.optim.Adam, functional=adam):
     r"""Adam (Kingma and Ba 2015), a drop-in for :class:`torch.optim.Adam`.
 
     .. math::
@@ -44,6 +43,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         ValueError: A hyperparameter is out of range, as in torch.
         RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
     """
+
+    _stores_state = True
 
     def __init__(
         self,
@@ -91,35 +92,3 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         if group["amsgrad"]:
             return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         return ("exp_avg", "exp_avg_sq")
-
-    def _prepare(self, group: ParamGroup) -> None:
-        self._init_group(group, [], [], [], [], [], [])
-
-    def _torch_step(self, group: ParamGroup) -> None:
-        lists: list[list[Any]] = [[] for _ in range(6)]
-        has_complex = self._init_group(group, *lists)
-        params, grads, first_moments, second_moments, largest_second_moments, steps = lists
-        # Torch's loop views complex gradients as real, which fails for a lazily conjugated one.
-        grads = [grad.resolve_conj() for grad in grads]
-        beta1, beta2 = group["betas"]
-        adam(
-            params,
-            grads,
-            first_moments,
-            second_moments,
-            largest_second_moments,
-            steps,
-            amsgrad=group["amsgrad"],
-            has_complex=has_complex,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-            foreach=group["foreach"],
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
-            fused=group["fused"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-        )

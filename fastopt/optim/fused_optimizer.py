@@ -17,6 +17,13 @@ from torch.optim.optimizer import Optimizer
 from fastopt.backends.contract import AVERAGE, ParamGroup, UpdateRule, WeightDecay
 from fastopt.backends.planning import scalar
 from fastopt.backends.registry import check_name
+from fastopt.backends.state_codes import (
+    STORAGE_OPTIONS,
+    StateCoding,
+    coded_keys,
+    coding_of,
+    is_coded,
+)
 from fastopt.ops.optimizer_step import (
     optimizer_step,
     step_is_skipped,
@@ -43,6 +50,18 @@ class Options(TypedDict, total=False):
         ema_decay: Keep an exponential moving average of each parameter, as
             :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn(ema_decay)``
             updated after each step. It is the parameter's state ``"ema"``.
+        state_storage: Of SGD, Adam, AdamW and Lion, how moments are stored: ``"bf16"``, ``"8bit"``
+            (a byte each, and a scale for every 256), ``"fp32"``, or None: in the parameter's dtype,
+            beside masters in fp32. Parameters in double precision, complex ones and those that do
+            not fill their memory keep theirs. A parameter group may have a ``"state_storage"`` of
+            its own.
+        param_precision: Of the same, what bf16 parameters are beside their 16 bits:
+            ``"stochastic"``, rounded up or down by chance so that the mean is kept; ``"kahan"``,
+            16 bits more of state that make up for most of the rounding; ``"master"``, 16 bits that
+            make an exact fp32 number of each. A parameter group may have one of its own.
+        min_8bit_size: Parameters with fewer elements have fp32 moments instead of 8 bits.
+        rounding_seed: Of the numbers that rounding draws; with the number of a parameter and its
+            step they are the same for any number of threads, and after a restart.
         backend: ``auto``, ``cpu``, ``cuda``, ``triton``, ``torch`` or ``reference``; None leaves it
             to :func:`fastopt.use_backend` and ``FASTOPT_BACKEND``.
     """
@@ -53,6 +72,10 @@ class Options(TypedDict, total=False):
     clip_value: float | None
     zero_grad_after_step: bool
     ema_decay: float | None
+    state_storage: str | None
+    param_precision: str | None
+    min_8bit_size: int
+    rounding_seed: int
     backend: str | None
 
 
@@ -86,10 +109,10 @@ def observed(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FusedOptimizer(Optimizer):
-    """Mixed in before a class of ``torch.optim``: constructor and state are torch's, the step ours.
+    """An optimizer whose step runs on kernels.
 
-    A subclass says what its rule is. Whatever the kernels do not take goes to torch's functional
-    form of the same optimizer.
+    A subclass says what its rule is, and spells it in torch's operations for whatever the kernels
+    do not take; ``TorchTwin`` has those that torch has.
     """
 
     # Read by torch.amp.GradScaler, which then leaves unscaling and skipping to step().
@@ -105,7 +128,15 @@ class FusedOptimizer(Optimizer):
     clip_value: float | None = None
     zero_grad_after_step: bool = False
     ema_decay: float | None = None
+    # Whether moments may be stored otherwise than in the parameter's dtype.
+    _stores_state = False
+    _has_coded = False
+    state_storage: str | None = None
+    param_precision: str | None = None
+    min_8bit_size: int = 4096
+    rounding_seed: int = 0
     _backend: str | None = None
+    _loading: dict[str, Any] | None = None
 
     grad_norm: Tensor | None = None
     """The norm of the last step's gradients before clipping, where ``max_grad_norm`` is set."""
@@ -127,11 +158,44 @@ class FusedOptimizer(Optimizer):
         raise TypeError(f"{type(self).__name__} has to define _state_keys")
 
     def _prepare(self, group: ParamGroup) -> None:
-        """Runs stock's checks of the gradients and makes the state that stock makes lazily."""
+        """Checks the gradients. Of torch's optimizers, see ``TorchTwin``, also makes state."""
+        if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+
+    def _new_state(self, key: str, param: Tensor) -> Tensor:
+        """What a state tensor is before the first step."""
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
 
     def _torch_step(self, group: ParamGroup) -> None:
-        """Steps the group's parameters, which all have gradients, with torch's own code."""
-        raise TypeError(f"{type(self).__name__} has to define _torch_step")
+        """Steps the group's parameters, which all have gradients, in torch's operations."""
+        self._prepare(group)
+        keys = self._state_keys(group)
+        for param in group["params"]:
+            state = self.state[param]
+            for key in keys:
+                if key not in state:
+                    state[key] = self._new_state(key, param)
+            tensors = (param, param.grad, *(state[key] for key in keys))
+            self._torch_update(group, *(_real(tensor) for tensor in tensors))
+
+    def _torch_update(self, group: ParamGroup, param: Tensor, grad: Tensor, *slots: Tensor) -> None:
+        """The rule in torch's operations, in place, on real tensors."""
+        raise TypeError(f"{type(self).__name__} has to define _torch_update")
+
+    def _count_step(self) -> None:
+        """Counts, in the groups, a step that took place."""
+
+    def _check_mode(self) -> None:
+        """Raises where no step can be taken now."""
+        self._refuse_inside_average("step()")
+
+    def _coding(self, group: ParamGroup, param: Tensor) -> StateCoding | None:
+        """How a parameter's state is stored; None: in the parameter's dtype."""
+        storage, precision = (group.get(name, getattr(self, name)) for name in STORAGE_OPTIONS)
+        if storage is None and precision is None:
+            return None
+        slots = len(self._state_keys(group))
+        return coding_of(param, slots, storage, precision, self.min_8bit_size)
 
     def _take_options(self, options: Options) -> None:
         """Takes the constructor's keywords of ``Options``.
@@ -140,14 +204,21 @@ class FusedOptimizer(Optimizer):
             TypeError: There is no such option.
             ValueError: A value is out of range, or no backend is called so.
         """
+        taken = _options_of(type(self))
         for name, value in options.items():
-            if name not in Options.__annotations__:
+            if name not in taken:
                 raise TypeError(
                     f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}"
                 )
             setattr(self, "_backend" if name == "backend" else name, value)
         if self._backend is not None:
             check_name(self._backend)
+        # Raises where there is no storage or precision of the name.
+        coding_of(torch.empty(0), 0, self.state_storage, self.param_precision, 0)
+        for name in ("min_8bit_size", "rounding_seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 <= value < 2**63:
+                raise ValueError(f"Invalid {name} value: {value}")
         for name in ("max_grad_norm", "clip_value"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
@@ -175,7 +246,7 @@ class FusedOptimizer(Optimizer):
             RuntimeError: The backend that was named does not take a parameter; see
                 ``fastopt.explain``.
         """
-        self._refuse_inside_average("step()")
+        self._check_mode()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -243,13 +314,24 @@ class FusedOptimizer(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Torch's.
+        """Torch's, but for state that is not stored in its parameter's dtype, which stays exact.
+
+        State that was stored otherwise than this optimizer stores it is converted at the next step.
 
         Raises:
             RuntimeError: Inside ``average_parameters()``. Besides, what torch raises.
         """
         self._refuse_inside_average("load_state_dict()")
-        super().load_state_dict(state_dict)
+
+        def remember(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            self._loading = state_dict
+
+        handle = self.register_load_state_dict_pre_hook(remember)  # after those of the user
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Torch's, with the options."""
@@ -261,9 +343,34 @@ class FusedOptimizer(Optimizer):
         """Torch's; what was planned for the old state is dropped."""
         super().__setstate__(state)
         self._plan = None
+        if self._loading is not None:  # the hooks of the user come after this
+            self._restore_coded_state(self._loading)
+
+    def _restore_coded_state(self, state_dict: dict[str, Any]) -> None:
+        """Takes state as it was saved where torch has cast it to the parameter's dtype."""
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            keys = self._state_keys(group)
+            for param, number in zip(group["params"], saved_group["params"], strict=True):
+                saved = state_dict["state"].get(number, {})
+                if self._coding(group, param) is None and not is_coded(saved):
+                    continue
+                self._has_coded = True
+                for key in coded_keys(keys):
+                    if isinstance(saved.get(key), Tensor):
+                        self.state[param][key] = saved[key].to(param.device)
 
 
-_KEPT = ({*Options.__annotations__} - {"backend"}) | {"_backend", "_averages_began"}
+_OF_STORAGE = (*STORAGE_OPTIONS, "min_8bit_size", "rounding_seed")
+_KEPT = ({*Options.__annotations__} - {"backend"}) | {"_backend", "_averages_began", "_has_coded"}
+
+
+def _options_of(cls: type[FusedOptimizer]) -> dict[str, Any]:
+    """The options that a class takes, with their annotations."""
+    there = dict(Options.__annotations__)
+    if not cls._stores_state:
+        for name in _OF_STORAGE:
+            del there[name]
+    return there
 
 
 def _with_options(cls: type[FusedOptimizer]) -> inspect.Signature:
@@ -272,7 +379,7 @@ def _with_options(cls: type[FusedOptimizer]) -> inspect.Signature:
     own = list(signature.parameters.values())[1:]
     named = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
     if len(named) < len(own):
-        for name, annotation in Options.__annotations__.items():
+        for name, annotation in _options_of(cls).items():
             default = getattr(FusedOptimizer, "_backend" if name == "backend" else name)
             kind = inspect.Parameter.KEYWORD_ONLY
             named.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
@@ -284,6 +391,33 @@ def _exchange(left: Tensor, right: Tensor) -> None:
     kept = left.detach().clone()
     left.copy_(right)
     right.copy_(kept)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def check_hyperparameters(
+    lr: float | Tensor, betas: tuple[float, float], weight_decay: float, eps: float = 0
+) -> None:
+    """Torch's checks, in its words, for an optimizer that torch has not got.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+    """
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not eps >= 0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas}")
+    for index, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not weight_decay >= 0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
 
 
 def weight_decay_of(group: ParamGroup, decoupled: bool) -> tuple[WeightDecay, float | Tensor]:

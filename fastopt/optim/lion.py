@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule
 from fastopt.backends.planning import scalar
-from fastopt.optim.fused_optimizer import FusedOptimizer, Options, weight_decay_of
+from fastopt.optim.fused_optimizer import (
+    FusedOptimizer,
+    Options,
+    check_hyperparameters,
+    weight_decay_of,
+)
 
 
 class Lion(FusedOptimizer):
@@ -36,6 +40,8 @@ class Lion(FusedOptimizer):
         ValueError: A hyperparameter is out of range.
     """
 
+    _stores_state = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -47,17 +53,7 @@ class Lion(FusedOptimizer):
         **options: Unpack[Options],
     ) -> None:
         self._take_options(options)
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {betas}")
-        for index, beta in enumerate(betas):
-            if not 0 <= beta < 1:
-                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-        if not weight_decay >= 0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        check_hyperparameters(lr, betas, weight_decay)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
 
@@ -69,58 +65,11 @@ class Lion(FusedOptimizer):
     def _state_keys(self, group: ParamGroup) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def _prepare(self, group: ParamGroup) -> None:
-        if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
-            raise RuntimeError("Lion does not support sparse gradients")
-
-    def _torch_step(self, group: ParamGroup) -> None:
-        self._prepare(group)
-        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        beta1, beta2 = group["betas"]
-        for param in group["params"]:
-            state = self.state[param]
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            lion(
-                *(_real(tensor) for tensor in (param, param.grad, state["exp_avg"])),
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=weight_decay,
-                maximize=group["maximize"],
-            )
-
-
-def lion(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    """One step of Lion in torch's own operations, in place on ``param`` and ``exp_avg``.
-
-    Args:
-        param: The parameter, real, any shape.
-        grad: Its gradient, the same shape.
-        exp_avg: Its moment, the same shape.
-        lr: Learning rate.
-        beta1: Weight of the moment in the update.
-        beta2: Decay rate of the moment.
-        weight_decay: Decay per unit of the learning rate.
-        maximize: Ascend instead of descend.
-    """
-    if maximize:
-        grad = -grad
-    param.mul_(1 - lr * weight_decay)
-    param.sub_(exp_avg.lerp(grad, 1 - beta1).sign_(), alpha=lr)
-    exp_avg.lerp_(grad, 1 - beta2)
-
-
-def _real(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    def _torch_update(self, group: ParamGroup, param: Tensor, grad: Tensor, *slots: Tensor) -> None:
+        (exp_avg,) = slots
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        if group["maximize"]:
+            grad = -grad
+        param.mul_(1 - lr * float(group["weight_decay"]))
+        param.sub_(exp_avg.lerp(grad, 1 - beta1).sign_(), alpha=lr)
+        exp_avg.lerp_(grad, 1 - beta2)

@@ -10,9 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastopt.backends.selfcheck import Outcome, register
+from fastopt.optim.adagrad import Adagrad
 from fastopt.optim.adam import Adam
+from fastopt.optim.adamax import Adamax
 from fastopt.optim.adamw import AdamW
 from fastopt.optim.lion import Lion
+from fastopt.optim.nadam import NAdam
+from fastopt.optim.radam import RAdam
+from fastopt.optim.rmsprop import RMSprop
+from fastopt.optim.schedule_free_adamw import ScheduleFreeAdamW
 from fastopt.optim.sgd import SGD
 
 # Odd, empty, longer than a block's share; the last is a transposed view.
@@ -36,6 +42,20 @@ CASES: tuple[tuple[str, type[Any], dict[str, Any], torch.dtype], ...] = (
     ("Adam, counted on the card", Adam, {"lr": 0.01, "eps": 1e-3, "fused": True, "clip_value": 0.4},
      torch.float64),
     ("Lion", Lion, {"lr": 0.01, "weight_decay": 0.1}, torch.float32),
+    ("Adagrad", Adagrad, {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-3}, torch.float32),
+    ("RMSprop", RMSprop, {"lr": 0.01, "eps": 1e-3}, torch.float32),
+    ("RMSprop with momentum", RMSprop, {"lr": 0.01, "eps": 1e-3, "momentum": 0.9}, torch.bfloat16),
+    ("RMSprop, centered", RMSprop, {"lr": 0.01, "eps": 1e-3, "centered": True}, torch.float64),
+    ("RMSprop, centered with momentum", RMSprop,
+     {"lr": 0.01, "eps": 1e-3, "centered": True, "momentum": 0.9}, torch.float32),
+    ("Adamax", Adamax, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1}, torch.float32),
+    # Rectified from the third step on.
+    ("RAdam", RAdam, {"lr": 0.01, "betas": (0.9, 0.9), "eps": 1e-3}, torch.float32),
+    ("NAdam", NAdam, {"lr": 0.01, "eps": 1e-3}, torch.float32),
+    ("NAdam, counted on the card", NAdam, {"lr": 0.01, "eps": 1e-3, "capturable": True},
+     torch.float64),
+    ("ScheduleFreeAdamW", ScheduleFreeAdamW, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1},
+     torch.float32),
 )  # fmt: skip
 
 
@@ -55,11 +75,15 @@ def _compare(
     optimizer = cls(ours, **options, backend=backend)
     stock = getattr(torch.optim, cls.__name__, None)
     has_stock = stock is not None and dtype in (torch.float32, torch.float64)
+    # The same numbers, also where the host plays the card.
+    counted_on_host = {name: value for name, value in options.items() if name != "capturable"}
     other: Optimizer
     if has_stock and stock is not None and not TAIL.keys() & options.keys():
-        other = stock(theirs, **options, foreach=False)
+        other = stock(theirs, **counted_on_host, foreach=False)
     else:
-        other = cls(theirs, **options, backend="reference")
+        other = cls(theirs, **counted_on_host, backend="reference")
+    for either in (optimizer, other):
+        getattr(either, "train", lambda: None)()  # where it is a mode
     for step in range(STEPS):
         for index, (mine, twin) in enumerate(zip(ours, theirs, strict=True)):
             twin.grad = _values(tuple(mine.shape), dtype, device, 100 * step + index)

@@ -10,10 +10,11 @@ from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule
 from fastopt.backends.planning import scalar
-from fastopt.optim.fused_optimizer import FusedOptimizer, Options, weight_decay_of
+from fastopt.optim.fused_optimizer import Options, weight_decay_of
+from fastopt.optim.torch_twin import TorchTwin
 
 
-class SGD(FusedOptimizer, torch.optim.SGD):
+class SGD(TorchTwin, torch.optim.SGD, functional=sgd):
     r"""Stochastic gradient descent, a drop-in for :class:`torch.optim.SGD`.
 
     With momentum, torch keeps the learning rate out of the velocity:
@@ -54,6 +55,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             ``classical_momentum`` without momentum or with dampening.
         RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
     """
+
+    _stores_state = True
 
     def __init__(
         self,
@@ -106,32 +109,14 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     def _state_keys(self, group: ParamGroup) -> tuple[str, ...]:
         return () if group["momentum"] == 0 else ("momentum_buffer",)
 
-    def _prepare(self, group: ParamGroup) -> None:
-        self._init_group(group, [], [], [])
-
     def _torch_step(self, group: ParamGroup) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        buffers: list[Tensor | None] = []
-        has_sparse_grad = self._init_group(group, params, grads, buffers)
-        lr, weight_decay = group["lr"], group["weight_decay"]
+        lists = self._torch_lists(group)
         if group.get("classical_momentum") and group["momentum"] != 0:
             # Torch's form at a learning rate of 1, of a loss multiplied by ours.
-            grads = [grad * scalar(lr) for grad in grads]
-            lr, weight_decay = 1.0, weight_decay * scalar(lr)
-        sgd(
-            params,
-            grads,
-            buffers,
-            weight_decay=weight_decay,
-            momentum=group["momentum"],
-            lr=lr,
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            has_sparse_grad=has_sparse_grad,
-            foreach=group["foreach"],
-            fused=group["fused"],
-        )
-        for param, buffer in zip(params, buffers, strict=False):
+            lr = scalar(group["lr"])
+            lists["d_p_list"] = [grad * lr for grad in lists["d_p_list"]]
+            group = {**group, "lr": 1.0, "weight_decay": group["weight_decay"] * lr}
+        self._torch_function(group, lists)
+        buffers = lists["momentum_buffer_list"]
+        for param, buffer in zip(lists["params"], buffers, strict=False):
             self.state[param]["momentum_buffer"] = buffer

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion as Version
 
 from fastopt.backends import selfcheck
 from fastopt.backends.contract import (
@@ -32,6 +33,7 @@ from fastopt.backends.triton import (
 )
 
 LEAST_CAPABILITY = 80
+OLDEST = "3.6"
 
 
 class TritonBackend:
@@ -51,6 +53,9 @@ class TritonBackend:
         """Why Triton cannot be used, or ""; asked for at first use, as it initialises CUDA."""
         if find_spec("triton") is None:
             return "Triton is not installed"
+        found = _triton_version()
+        if found != "unknown" and Version(found) < Version(OLDEST):
+            return f"Triton {found} is older than {OLDEST}"
         if self.device == "cuda" and not torch.cuda.is_available():
             return "torch finds no card"
         return ""

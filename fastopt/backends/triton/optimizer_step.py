@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,39 @@ ELEMENTS = 256
 # Tasks whose steps one program counts.
 TASKS = 128
 
+
+class Rule(NamedTuple):
+    """What of ``kernels/update_rules.py`` belongs to the update of a rule's own name.
+
+    Attributes:
+        layout: Of the functor: a scalar or a flag in each word. A Lerp is one of each.
+        fold: What computes the functor.
+        factor: What multiplies the rule's product up, where it keeps one.
+    """
+
+    layout: str
+    fold: str
+    factor: str | None = None
+
+
+RULES = {
+    "sgd": Rule("s", "fold_sgd"),
+    "momentum": Rule("sssss", "fold_momentum"),
+    "nesterov": Rule("sssss", "fold_momentum"),
+    "adam": Rule("ssfssss", "fold_adam"),
+    "amsgrad": Rule("ssfssss", "fold_adam"),
+    "lion": Rule("ssfsf", "fold_lion"),
+    "adagrad": Rule("ss", "fold_adagrad"),
+    "rmsprop": Rule("ssssssf", "fold_rmsprop"),
+    "rmsprop_momentum": Rule("ssssssf", "fold_rmsprop"),
+    "rmsprop_centered": Rule("ssssssf", "fold_rmsprop"),
+    "rmsprop_centered_momentum": Rule("ssssssf", "fold_rmsprop"),
+    "adamax": Rule("ssfss", "fold_adamax"),
+    "radam": Rule("sfssssf", "fold_radam"),
+    "nadam": Rule("sssfssss", "fold_nadam", "factor_nadam"),
+    "schedule_free_adamw": Rule("ssssssss", "fold_schedule_free_adamw"),
+}
+
 NOT_LOADED = "the kernels have not run yet, and a graph's capture cannot compile them"
 
 
@@ -35,7 +68,7 @@ def refuse(request: ParameterRequest, device: str) -> str | None:
         return f"the parameter is on {request.param.device}"
     if MISSING_IN_TORCH:
         return MISSING_IN_TORCH
-    if request.rule not in _native_cpu.update_rules:
+    if request.rule not in RULES:
         return f"no kernel has the update rule {request.rule!r}"
     dtype = request.param.dtype.to_real()
     if dtype in REAL_DTYPES and not _can_run(
@@ -113,14 +146,18 @@ class TritonPlan(CardPlan):
             self._stream()
         for rule, slots, dtype, place, tasks, chunks in launches:
             record = self._records.there, place
+            functions = launch.kernels("update_rules")
+            layout, fold, factor = RULES[rule]
             tiles = _tiles(dtype)
             self._run(
                 "_advance_steps_kernel", -(-tasks // TASKS), (rule, dtype), *record,
-                RULE=rule, STORED=tiles["STORED"], BLOCK=TASKS,
+                FOLD=getattr(functions, fold), FACTOR=factor and getattr(functions, factor),
+                LAYOUT=layout, HYPERPARAMETER_COUNT=_native_cpu.update_rules[rule][1],
+                STORED=tiles["STORED"], BLOCK=TASKS,
             )  # fmt: skip
             self._run(
                 "_optimizer_step_kernel", chunks, (rule, dtype), *record,
-                RULE=rule, SLOTS=slots, **tiles,
+                UPDATE=getattr(functions, rule), LAYOUT=layout, SLOTS=slots, **tiles,
             )  # fmt: skip
         return written
 

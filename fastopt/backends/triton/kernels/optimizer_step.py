@@ -2,8 +2,9 @@
 
 What a launch reads lies in a record of words of eight bytes (csrc/bindings/triton_plan.cpp), which
 names a table of tasks (csrc/core/card_tasks.h), one for each parameter, with the addresses that
-stay; those of the gradients follow the record. The update rules and the scalars that are folded for
-them, functors, are those of csrc/core/update_rules.h.
+stay; those of the gradients follow the record. The update rule (``update_rules.py``) is a function
+among the kernels' constants; the scalars that are folded for it, its functor, lie in words of the
+type of the arithmetic.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastopt.backends.triton.kernels.precision import rounded, store_rounded
+from fastopt.backends.triton.kernels.update_rules import lerp, lerp_of
 
 # Storage by the numbers of core/dtypes.h.
 STORAGE = (tl.float32, tl.float64, tl.bfloat16, tl.float16)
@@ -24,31 +26,33 @@ FIRST_CHUNK = tl.constexpr(3)
 FUNCTORS = tl.constexpr(4)
 FOUND_INF = tl.constexpr(5)
 STEP = tl.constexpr(6)
-MAXIMIZE = tl.constexpr(7)
-IS_L2 = tl.constexpr(8)
-CHANGES_GRADIENTS = tl.constexpr(9)
-ZERO_GRAD = tl.constexpr(10)
-MOVES_AVERAGES = tl.constexpr(11)
-CLIP_VALUE = tl.constexpr(12)
-AVERAGE_WEIGHT = tl.constexpr(13)
-DECAY = tl.constexpr(14)
-GRAD_SCALE = tl.constexpr(17)
-HYPERPARAMETERS = tl.constexpr(20)
+PRODUCT = tl.constexpr(7)
+MAXIMIZE = tl.constexpr(8)
+IS_L2 = tl.constexpr(9)
+CHANGES_GRADIENTS = tl.constexpr(10)
+ZERO_GRAD = tl.constexpr(11)
+MOVES_AVERAGES = tl.constexpr(12)
+CLIP_VALUE = tl.constexpr(13)
+AVERAGE_WEIGHT = tl.constexpr(14)
+DECAY = tl.constexpr(15)
+GRAD_SCALE = tl.constexpr(18)
+HYPERPARAMETERS = tl.constexpr(21)
 NUMBER_WORDS = tl.constexpr(3)
-FUNCTOR = tl.constexpr(38)
-GRADS = tl.constexpr(46)
+FUNCTOR = tl.constexpr(42)
+GRADS = tl.constexpr(50)
 
 # Words of a task.
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
 AVERAGE = tl.constexpr(2)
 FIRST_SLOT = tl.constexpr(3)
-COUNTER = tl.constexpr(6)
-WALK = tl.constexpr(7)
-NUMEL = tl.constexpr(8)
-TASK_FIRST_CHUNK = tl.constexpr(9)
-FLAGS = tl.constexpr(10)  # bytes: the counter is a double; the gradient is dense
-TASK_WORDS = tl.constexpr(11)
+STEP_COUNTER = tl.constexpr(6)  # an address and the number of a dtype
+PRODUCT_COUNTER = tl.constexpr(8)
+WALK = tl.constexpr(10)
+NUMEL = tl.constexpr(11)
+TASK_FIRST_CHUNK = tl.constexpr(12)
+IS_DENSE = tl.constexpr(13)  # a byte, of the gradient
+TASK_WORDS = tl.constexpr(14)
 
 # Words of a walk, after its number of dimensions.
 WALK_SIZES = tl.constexpr(1)
@@ -58,6 +62,8 @@ MAX_DIMS = tl.constexpr(64)
 # In the place of a gradient's address: nothing is done for its task.
 LEAVE_ALONE = tl.constexpr(1)
 FUNCTOR_BYTES = tl.constexpr(64)
+# Of a functor's words, in a layout with a letter for each.
+FLAG = tl.constexpr("f")
 
 
 @triton.jit
@@ -157,125 +163,37 @@ def _at(address, walk, operand, element, STORED: tl.constexpr):
 
 
 @triton.jit
-def _lerp_of(weight):
-    """What ``_lerp`` takes: a coefficient, and whether the weight is nearer to the end."""
-    nearer_to_end = weight >= 0.5
-    return tl.where(nearer_to_end, weight - 1, weight), nearer_to_end
-
-
-@triton.jit
-def _lerp(start, end, lerp):
-    """As torch.lerp, from the nearer end."""
-    coefficient, nearer_to_end = lerp
-    return tl.where(nearer_to_end, end, start) + coefficient * (end - start)
-
-
-@triton.jit
 def _clamp(x, limit):
     """Into [-limit, limit]; a NaN stays."""
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
 
 
 @triton.jit
-def _lerp_at(scalar_ptr):
-    """Coefficient and flag of a Lerp; the flag is in the first byte of its place."""
-    flag = tl.load((scalar_ptr + 1).to(tl.pointer_type(tl.int8)))
-    return tl.load(scalar_ptr), flag != 0
+def _flags(word_ptrs):
+    """Pointers to flags, which lie in the first bytes of their words."""
+    return word_ptrs.to(tl.pointer_type(tl.int8))
 
 
 @triton.jit
-def _functor(functor_ptr, RULE: tl.constexpr):
-    """The scalars of a rule, in the order of the functor's own."""
-    first = tl.load(functor_ptr)
-    if RULE == "sgd":
-        return (first,)
-    elif RULE == "lion":
-        return first, _lerp_at(functor_ptr + 1), _lerp_at(functor_ptr + 3)
-    elif RULE == "momentum" or RULE == "nesterov":
-        second, third = tl.load(functor_ptr + 1), tl.load(functor_ptr + 2)
-        return first, second, third, tl.load(functor_ptr + 3), tl.load(functor_ptr + 4)
-    else:
-        tl.static_assert(RULE == "adam" or RULE == "amsgrad")
-        average = _lerp_at(functor_ptr + 1)
-        fourth, fifth = tl.load(functor_ptr + 3), tl.load(functor_ptr + 4)
-        return first, average, fourth, fifth, tl.load(functor_ptr + 5), tl.load(functor_ptr + 6)
+def _functor(functor_ptr, LAYOUT: tl.constexpr):
+    """The scalars of a rule."""
+    functor = ()
+    for word in tl.static_range(len(LAYOUT)):
+        if LAYOUT[word] == FLAG:
+            functor = functor + (tl.load(_flags(functor_ptr + word)) != 0,)
+        else:
+            functor = functor + (tl.load(functor_ptr + word),)
+    return functor
 
 
 @triton.jit
-def sgd(functor, param, grad):
-    """Gradient descent."""
-    (lr,) = functor
-    return (param - lr * grad,)
-
-
-@triton.jit
-def momentum(functor, param, grad, buffer):
-    """Polyak's heavy ball."""
-    step_size, _, buffer_decay, gradient_weight, _ = functor
-    buffer = buffer_decay * buffer + gradient_weight * grad
-    return param - step_size * buffer, buffer
-
-
-@triton.jit
-def nesterov(functor, param, grad, buffer):
-    """Momentum that looks one step ahead."""
-    step_size, decay, _, _, undamped_gradient_weight = functor
-    _, buffer = momentum(functor, param, grad, buffer)
-    return param - step_size * (undamped_gradient_weight * grad + decay * buffer), buffer
-
-
-@triton.jit
-def _square_root(x):
-    """Correctly rounded: the quick one of fp32 takes subnormal numbers for zeros."""
-    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
-
-
-@triton.jit
-def adam(functor, param, grad, first_moment, second_moment):
-    """Kingma and Ba 2015, algorithm 1."""
-    step_size, average, beta2, second_weight, inverse_sqrt_correction, eps = functor
-    first_moment = _lerp(first_moment, grad, average)
-    second_moment = beta2 * second_moment + second_weight * grad * grad
-    divisor = _square_root(second_moment) * inverse_sqrt_correction + eps
-    return param - step_size * first_moment / divisor, first_moment, second_moment
-
-
-@triton.jit
-def amsgrad(functor, param, grad, first_moment, second_moment, largest):
-    """Reddi et al. 2018, with Adam's bias correction as torch has it."""
-    step_size, _, _, _, inverse_sqrt_correction, eps = functor
-    _, first_moment, second_moment = adam(functor, param, grad, first_moment, second_moment)
-    is_larger = (second_moment > largest) | (second_moment != second_moment)  # a NaN wins
-    largest = tl.where(is_larger, second_moment, largest)
-    divisor = _square_root(largest) * inverse_sqrt_correction + eps
-    return param - step_size * first_moment / divisor, first_moment, second_moment, largest
-
-
-@triton.jit
-def lion(functor, param, grad, moment):
-    """Chen et al. 2023, algorithm 2."""
-    lr, update_average, moment_average = functor
-    update = _lerp(moment, grad, update_average)
-    sign = (update > 0).to(param.dtype) - (update < 0).to(param.dtype)
-    return param - lr * sign, _lerp(moment, grad, moment_average)
-
-
-@triton.jit
-def _updated(RULE: tl.constexpr, functor, param, grad, slots):
-    """The new parameter, and the new state behind it."""
-    if RULE == "sgd":
-        return sgd(functor, param, grad)
-    elif RULE == "momentum":
-        return momentum(functor, param, grad, slots[0])
-    elif RULE == "nesterov":
-        return nesterov(functor, param, grad, slots[0])
-    elif RULE == "adam":
-        return adam(functor, param, grad, slots[0], slots[1])
-    elif RULE == "amsgrad":
-        return amsgrad(functor, param, grad, slots[0], slots[1], slots[2])
-    else:
-        tl.static_assert(RULE == "lion")
-        return lion(functor, param, grad, slots[0])
+def _store_functor(functor_ptrs, functor, mask, LAYOUT: tl.constexpr):
+    """As ``_functor`` reads it."""
+    for word in tl.static_range(len(LAYOUT)):
+        if LAYOUT[word] == FLAG:
+            tl.store(_flags(functor_ptrs + word), functor[word].to(tl.int8), mask=mask)
+        else:
+            tl.store(functor_ptrs + word, functor[word], mask=mask)
 
 
 @triton.jit
@@ -289,7 +207,7 @@ def _tail(record_ptr, STORED: tl.constexpr):
     grad_scale = _narrowed(_number(record_ptr + GRAD_SCALE), STORED)
     clip_value = _narrowed(_real(record_ptr + CLIP_VALUE), STORED)
     weight = _real(record_ptr + AVERAGE_WEIGHT)
-    coefficient, nearer_to_end = _lerp_of(weight)
+    coefficient, nearer_to_end = lerp_of(weight)
     average = _narrowed(coefficient, STORED), nearer_to_end
     copies = weight == 1
     return (
@@ -308,14 +226,14 @@ def _loaded(pointers, mask):
 @triton.jit
 def _step_elements(
     functor, tail, element, step_end, average_end, params, grads, averages, slots,
-    RULE: tl.constexpr, SLOTS: tl.constexpr,
+    UPDATE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The update of elements, and what surrounds it; the ends are 0 where there is none of it.
 
     In the interpreter, masks that are scalars do not mix with others.
     """
     STORED: tl.constexpr = params.dtype.element_ty
-    is_l2, maximize, changes_gradients, zero_grad, decay, scale, clip_value, lerp, copies = tail
+    is_l2, maximize, changes_gradients, zero_grad, decay, scale, clip_value, moved, copies = tail
     steps = element < step_end
     moves = element < average_end
     writes_grad = element < tl.where(changes_gradients | zero_grad, step_end, 0)
@@ -331,9 +249,9 @@ def _step_elements(
     ascent = tl.where(maximize, -grad, grad)
     ascent = tl.where(is_l2, ascent + decay * param, ascent)
     decayed = tl.where(is_l2, param, decay * param)
-    updated = _updated(RULE, functor, decayed, ascent, state)
+    updated = UPDATE(functor, decayed, ascent, state)
     param = tl.where(steps, rounded(updated[0], STORED).to(param.dtype), param)
-    average = tl.where(copies, param, _lerp(average, param, lerp))
+    average = tl.where(copies, param, lerp(average, param, moved[0], moved[1]))
 
     store_rounded(params, param, steps)
     store_rounded(grads, tl.where(zero_grad, tl.zeros_like(grad), grad), writes_grad)
@@ -344,8 +262,8 @@ def _step_elements(
 
 @triton.jit(do_not_specialize=["place"])
 def _optimizer_step_kernel(
-    records_ptr, place, RULE: tl.constexpr, SLOTS: tl.constexpr, STORED: tl.constexpr,
-    CHUNK: tl.constexpr, WIDE: tl.constexpr, ELEMENTS: tl.constexpr,
+    records_ptr, place, UPDATE: tl.constexpr, LAYOUT: tl.constexpr, SLOTS: tl.constexpr,
+    STORED: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """Steps a chunk: 16 bytes at a time as far as that goes, the rest element by element."""
     record_ptr = records_ptr + place
@@ -372,7 +290,7 @@ def _optimizer_step_kernel(
         functors = tl.load(record_ptr + FUNCTORS)
         own = (record_ptr + FUNCTOR).to(tl.int64)
         address = tl.where(functors != 0, functors + task * FUNCTOR_BYTES, own)
-        functor = _functor(_scalars(address, STORED), RULE)
+        functor = _functor(_scalars(address, STORED), LAYOUT)
 
         addresses = param | grad | average
         for s in tl.static_range(SLOTS):
@@ -387,7 +305,7 @@ def _optimizer_step_kernel(
                 functor, tail, element, tl.where(has_grad, wide_end, 0),
                 tl.where(moves, wide_end, 0), _aligned(param, STORED) + element,
                 _aligned(grad, STORED) + element, _aligned(average, STORED) + element, at,
-                RULE, SLOTS,
+                UPDATE, SLOTS,
             )  # fmt: skip
         for first in range(wide_end, end, ELEMENTS):
             element = first + tl.arange(0, ELEMENTS)
@@ -397,34 +315,39 @@ def _optimizer_step_kernel(
             _step_elements(
                 functor, tail, element, tl.where(has_grad, end, 0), tl.where(moves, end, 0),
                 _at(param, walk, PARAM, element, STORED), _at(grad, walk, GRAD, element, STORED),
-                _at(average, walk, AVERAGE, element, STORED), at, RULE, SLOTS,
+                _at(average, walk, AVERAGE, element, STORED), at, UPDATE, SLOTS,
             )  # fmt: skip
 
 
 @triton.jit
-def _power(base, exponent):
-    """Of whole exponents, by squaring."""
-    result = tl.full(exponent.shape, 1.0, tl.float64)
-    while tl.max(exponent, 0) > 0:
-        result = tl.where(exponent % 2 == 1, result * base, result)
-        base *= base
-        exponent //= 2
-    return result
+def _advance_as(address, factor, summand, mask, STORED: tl.constexpr):
+    """The new number: the old * factor + summand, rounded to its type."""
+    pointers = address.to(tl.pointer_type(STORED))
+    number = _loaded(pointers, mask)
+    advanced = rounded(number * factor.to(number.dtype) + summand, STORED).to(number.dtype)
+    store_rounded(pointers, advanced, mask)
+    return advanced.to(tl.float64)
 
 
 @triton.jit
-def _store_lerp(functor_ptrs, weight, mask):
-    """Coefficient and flag, as ``_lerp_at`` reads them."""
-    coefficient, nearer_to_end = _lerp_of(weight)
-    tl.store(functor_ptrs, coefficient, mask=mask)
-    flags = (functor_ptrs + 1).to(tl.pointer_type(tl.int8))
-    tl.store(flags, nearer_to_end.to(tl.int8), mask=mask)
+def _advance(counter_ptrs, known, factor, summand, mask):
+    """As core/counter.h does; the new number, or what the host knew where there is no counter."""
+    address = tl.load(counter_ptrs, mask=mask, other=0)
+    dtype = tl.load((counter_ptrs + 1).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+    is_there = address != 0
+    fp32 = _advance_as(address, factor, summand, is_there & (dtype == 0), tl.float32)
+    fp64 = _advance_as(address, factor, summand, is_there & (dtype == 1), tl.float64)
+    bf16 = _advance_as(address, factor, summand, is_there & (dtype == 2), tl.bfloat16)
+    fp16 = _advance_as(address, factor, summand, is_there & (dtype == 3), tl.float16)
+    narrow = tl.where(dtype == 2, bf16, tl.where(dtype == 3, fp16, fp32))
+    return tl.where(is_there, tl.where(dtype == 1, fp64, narrow), known)
 
 
 @triton.jit(do_not_specialize=["place"])
 def _advance_steps_kernel(
-    records_ptr, place, RULE: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr
-):
+    records_ptr, place, FOLD: tl.constexpr, FACTOR: tl.constexpr, LAYOUT: tl.constexpr,
+    HYPERPARAMETER_COUNT: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Counts the step of each task that has a gradient and folds its scalars into its functor."""
     record_ptr = records_ptr + place
     begin = tl.load(record_ptr + BEGIN)
@@ -432,51 +355,25 @@ def _advance_steps_kernel(
     is_task = task < tl.where(_is_skipped(record_ptr), begin, tl.load(record_ptr + END))
     grad = tl.load(record_ptr + GRADS + task - begin, mask=is_task, other=0)
     steps = (grad != 0) & (grad != LEAVE_ALONE)
+    hyperparameters = ()
+    for i in tl.static_range(HYPERPARAMETER_COUNT):
+        number_ptr = record_ptr + HYPERPARAMETERS + i * NUMBER_WORDS
+        hyperparameters = hyperparameters + (_number(number_ptr),)
 
     task_ptrs = tl.load(record_ptr + TASKS).to(tl.pointer_type(tl.int64)) + task * TASK_WORDS
-    counter = tl.load(task_ptrs + COUNTER, mask=steps, other=0)
-    is_double = tl.load((task_ptrs + FLAGS).to(tl.pointer_type(tl.int8)), mask=steps, other=0) != 0
-    wide_ptrs = counter.to(tl.pointer_type(tl.float64))
-    narrow_ptrs = counter.to(tl.pointer_type(tl.float32))
-    is_wide = (counter != 0) & is_double
-    is_narrow = (counter != 0) & (is_double == 0)
-    wide = tl.load(wide_ptrs, mask=is_wide, other=0.0) + 1
-    narrow = tl.load(narrow_ptrs, mask=is_narrow, other=0.0) + 1
-    tl.store(wide_ptrs, wide, mask=is_wide)
-    tl.store(narrow_ptrs, narrow, mask=is_narrow)
-    counted = tl.where(is_double, wide, narrow.to(tl.float64))
-    step = tl.where(counter != 0, counted, _real(record_ptr + STEP))
+    one = tl.full([BLOCK], 1.0, tl.float64)
+    step = _advance(task_ptrs + STEP_COUNTER, _real(record_ptr + STEP), one, 1, steps)
     step = tl.where(steps, step, 1.0)  # or corrections would be divisions by zero
+    product = tl.zeros_like(one)
+    if FACTOR is not None:
+        factor = FACTOR(hyperparameters, step)
+        known = _real(record_ptr + PRODUCT)
+        product = _advance(task_ptrs + PRODUCT_COUNTER, known, factor, 0, steps)
+        product = tl.where(steps, product, 0.0)
 
     functors = tl.load(record_ptr + FUNCTORS) + task * FUNCTOR_BYTES
-    functor_ptrs = _scalars(functors, STORED)
-    first = _number(record_ptr + HYPERPARAMETERS)
-    second = _number(record_ptr + HYPERPARAMETERS + NUMBER_WORDS)
-    third = _number(record_ptr + HYPERPARAMETERS + 2 * NUMBER_WORDS)
-    fourth = _number(record_ptr + HYPERPARAMETERS + 3 * NUMBER_WORDS)
-    if RULE == "sgd":
-        tl.store(functor_ptrs, first, mask=steps)
-    elif RULE == "momentum" or RULE == "nesterov":
-        tl.store(functor_ptrs, first, mask=steps)
-        tl.store(functor_ptrs + 1, second, mask=steps)
-        # The first gradient enters the buffer undamped.
-        tl.store(functor_ptrs + 2, tl.where(step == 1, 0.0, second), mask=steps)
-        tl.store(functor_ptrs + 3, tl.where(step == 1, fourth, third), mask=steps)
-        tl.store(functor_ptrs + 4, fourth, mask=steps)
-    elif RULE == "adam" or RULE == "amsgrad":
-        exponent = step.to(tl.int64)
-        tl.store(functor_ptrs, first / (1 - _power(second, exponent)), mask=steps)
-        _store_lerp(functor_ptrs + 1, 1 - second, steps)
-        tl.store(functor_ptrs + 3, third, mask=steps)
-        tl.store(functor_ptrs + 4, 1 - third, mask=steps)
-        correction = 1 - _power(third, exponent)
-        tl.store(functor_ptrs + 5, 1 / tl.sqrt(correction), mask=steps)
-        tl.store(functor_ptrs + 6, fourth, mask=steps)
-    else:
-        tl.static_assert(RULE == "lion")
-        tl.store(functor_ptrs, first, mask=steps)
-        _store_lerp(functor_ptrs + 1, 1 - second, steps)
-        _store_lerp(functor_ptrs + 3, 1 - third, steps)
+    functor = FOLD(hyperparameters, step, product)
+    _store_functor(_scalars(functors, STORED), functor, steps, LAYOUT)
 
 
 @triton.jit
@@ -494,7 +391,7 @@ def _grad_norm_kernel(
     record_ptr = records_ptr + place
     _, task_ptr, grad, start, end = _find_share(record_ptr, CHUNK)
     walk = tl.load(task_ptr + WALK)
-    is_dense = tl.load((task_ptr + FLAGS).to(tl.pointer_type(tl.int8)) + 1) != 0
+    is_dense = tl.load((task_ptr + IS_DENSE).to(tl.pointer_type(tl.int8))) != 0
     walk = tl.where(is_dense, 0, walk)  # whatever order the others lie in
     total = tl.full((), 0.0, tl.float64)
     if grad != 0:

@@ -1,0 +1,390 @@
+"""State of an optimizer that is not stored in its parameter's dtype: the codes, readable.
+
+``csrc/core/state_codes.h`` has the same formulas for kernels.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastopt import _native_cpu
+
+BLOCK = 256  # elements that share a scale
+SMALLEST = 1e-37  # a block whose largest magnitude is smaller is one of zeros
+
+
+class SlotCode(enum.IntEnum):
+    """How a state tensor is stored; the numbers are those of core/state_codes.h."""
+
+    AS_PARAMETER = 0
+    FLOAT32 = 1
+    BFLOAT16 = 2
+    BLOCKWISE8 = 3
+
+
+class ParamCode(enum.IntEnum):
+    """What a bf16 parameter is beside its own 16 bits."""
+
+    ROUNDED = 0
+    STOCHASTIC = 1
+    KAHAN = 2
+    MASTER = 3
+
+
+# Options of an optimizer, and keys of its groups, that say how state is stored.
+STORAGE_OPTIONS = ("state_storage", "param_precision")
+
+STORAGES = {
+    None: SlotCode.AS_PARAMETER,
+    "fp32": SlotCode.FLOAT32,
+    "bf16": SlotCode.BFLOAT16,
+    "8bit": SlotCode.BLOCKWISE8,
+}
+PRECISIONS = {
+    None: ParamCode.ROUNDED,
+    "stochastic": ParamCode.STOCHASTIC,
+    "kahan": ParamCode.KAHAN,
+    "master": ParamCode.MASTER,
+}
+
+DTYPES = {
+    SlotCode.FLOAT32: torch.float32,
+    SlotCode.BFLOAT16: torch.bfloat16,
+    SlotCode.BLOCKWISE8: torch.uint8,
+}
+
+# The state beside a parameter, and its dtype.
+REMAINDERS = {
+    ParamCode.KAHAN: ("compensation", torch.bfloat16),
+    ParamCode.MASTER: ("master_remainder", torch.int16),
+}
+
+
+class StateCoding(NamedTuple):
+    """How one parameter and the state tensors of its rule are stored."""
+
+    slots: tuple[SlotCode, ...]
+    param: ParamCode
+
+
+class CodedState(NamedTuple):
+    """What step_plan.h calls a coding.
+
+    Attributes:
+        slots: How the state tensors are stored.
+        largest: The largest magnitudes of their blocks, or None.
+        param: What the parameter is beside its own bits.
+        remainder: Those other bits, or None.
+        seed: Of random numbers, with the parameter's number and its step.
+        number: Counted through all groups.
+    """
+
+    slots: tuple[SlotCode, ...]
+    largest: tuple[Tensor | None, ...]
+    param: ParamCode
+    remainder: Tensor | None
+    seed: int
+    number: int
+
+
+def coding_of(
+    param: Tensor, slots: int, storage: str | None, precision: str | None, min_8bit_size: int
+) -> StateCoding | None:
+    """How a parameter's state is stored.
+
+    Args:
+        param: The parameter.
+        slots: How many state tensors its rule has.
+        storage: Of the state: None, ``fp32``, ``bf16`` or ``8bit``.
+        precision: Of the parameter, where it is bf16: None, ``stochastic``, ``kahan``, ``master``.
+        min_8bit_size: Parameters of fewer elements have fp32 instead of 8 bits.
+
+    Returns:
+        None where all is in the parameter's dtype, as it is for parameters in double precision,
+        complex ones, and those that do not fill their memory.
+
+    Raises:
+        ValueError: The names are none of these.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"state_storage must be one of {list(STORAGES)}, got {storage!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"param_precision must be one of {list(PRECISIONS)}, got {precision!r}")
+    if storage is None and precision is None:
+        return None
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not is_dense(param):
+        return None
+    code = PRECISIONS[precision] if param.dtype is torch.bfloat16 else ParamCode.ROUNDED
+    slot = STORAGES[storage]
+    if slot is SlotCode.AS_PARAMETER and code is ParamCode.MASTER:
+        slot = SlotCode.FLOAT32
+    if slot is SlotCode.BLOCKWISE8 and param.numel() < min_8bit_size:
+        slot = SlotCode.FLOAT32
+    if slot is not SlotCode.AS_PARAMETER and DTYPES[slot] is param.dtype:
+        slot = SlotCode.AS_PARAMETER
+    if slot is SlotCode.AS_PARAMETER and code is ParamCode.ROUNDED:
+        return None
+    return StateCoding((slot,) * slots, code)
+
+
+def largest_key(key: str) -> str:
+    """The state that has the largest magnitudes of a state tensor's blocks, fp32."""
+    return f"{key}_largest"
+
+
+def state_keys(keys: Sequence[str], coding: StateCoding) -> tuple[str, ...]:
+    """Everything that the state of a parameter has, from the keys of its rule's slots."""
+    blocks = [
+        largest_key(key)
+        for key, code in zip(keys, coding.slots, strict=True)
+        if code is SlotCode.BLOCKWISE8
+    ]
+    remainder = [REMAINDERS[coding.param][0]] if coding.param in REMAINDERS else []
+    return ("step", *keys, *blocks, *remainder)
+
+
+def coded_keys(keys: Sequence[str]) -> list[str]:
+    """Everything that torch would cast to the parameter's dtype, however state is stored."""
+    return [*keys, *map(largest_key, keys), *[name for name, _ in REMAINDERS.values()]]
+
+
+def is_coded(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state has what torch knows nothing of."""
+    remainders = [name for name, _ in REMAINDERS.values()]
+    return any(key.endswith(largest_key("")) or key in remainders for key in state)
+
+
+def new_state(keys: Sequence[str], param: Tensor, coding: StateCoding) -> dict[str, Tensor]:
+    """That state before the first step: zeros."""
+    state = {"step": torch.zeros((), dtype=torch.float32)}
+    for key, code in zip(keys, coding.slots, strict=True):
+        state[key] = torch.zeros_like(param, dtype=DTYPES.get(code, param.dtype))
+        if code is SlotCode.BLOCKWISE8:
+            blocks = -(-param.numel() // BLOCK)
+            state[largest_key(key)] = torch.zeros(blocks, device=param.device)
+    if coding.param in REMAINDERS:
+        name, dtype = REMAINDERS[coding.param]
+        state[name] = torch.zeros_like(param, dtype=dtype)
+    return state
+
+
+def bring_to(
+    state: dict[str, Any],
+    keys: Sequence[str],
+    param: Tensor,
+    coding: StateCoding | None,
+    rule: str,
+) -> None:
+    """Changes the way in which a parameter's state is stored, in place, where it is another.
+
+    The remainder of a parameter that had none, or one of another kind, is zeros.
+    """
+    remainder = REMAINDERS.get(coding.param) if coding is not None else None
+    for name, _ in REMAINDERS.values():
+        if remainder is None or name != remainder[0]:
+            state.pop(name, None)
+    if remainder is not None and remainder[0] not in state:
+        state[remainder[0]] = torch.zeros_like(param, dtype=remainder[1])
+    if coding is not None and "step" not in state:
+        state["step"] = torch.ones((), dtype=torch.float32)  # not the first one
+    codes = coding.slots if coding is not None else (SlotCode.AS_PARAMETER,) * len(keys)
+    for key, code, positive in zip(keys, codes, positive_slots(rule), strict=True):
+        tensor = state.get(key)
+        blocks = state.get(largest_key(key))
+        dtype = DTYPES.get(code, param.dtype)
+        if tensor is None or tensor.dtype not in DTYPES.values() or not is_dense(param):
+            continue
+        if tensor.dtype == dtype and (coding is None or tensor.stride() == param.stride()):
+            continue
+        values = tensor
+        if blocks is not None:
+            values = torch.empty_like(tensor, dtype=torch.float32)
+            decoded = decode_blocks(in_memory_order(tensor), blocks, positive)
+            in_memory_order(values).copy_(decoded)
+            del state[largest_key(key)]
+        state[key] = torch.empty_like(param, dtype=dtype)
+        if code is SlotCode.BLOCKWISE8:
+            alike = torch.empty_like(param, dtype=torch.float32).copy_(values)
+            bytes_, largest = encode_blocks(in_memory_order(alike), positive)
+            in_memory_order(state[key]).copy_(bytes_)
+            state[largest_key(key)] = largest
+        else:
+            state[key].copy_(values)
+
+
+def is_dense(param: Tensor) -> bool:
+    """Whether elements fill their memory, each in a place of its own."""
+    return torch.empty_like(param, device="meta").stride() == param.stride()
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements as they lie, a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def positive_slots(rule: str) -> list[bool]:
+    """Which of a rule's slots are never negative."""
+    slots, _, positive = _native_cpu.update_rules[rule]
+    return [bool(positive >> slot & 1) for slot in range(slots)]
+
+
+class ByteCode(NamedTuple):
+    """Numbers relative to the largest of their block, with four bits of exponent.
+
+    Attributes:
+        shift: Bits of fp32 that are cut off: what is left has three bits of mantissa beside a sign,
+            or four for state that is never negative.
+        top: The largest code without its sign.
+        largest: What it stands for.
+    """
+
+    shift: int
+    top: int
+    largest: float
+
+
+SIGNED, POSITIVE = ByteCode(20, 127, 0.9375), ByteCode(19, 255, 0.96875)
+BASE = 111 << 23  # the bits of 2^-16
+HALF = 1 << 15  # a chance that rounds to the nearest
+
+
+def _blocks(values: Tensor) -> Tensor:
+    missing = -values.numel() % BLOCK
+    return torch.nn.functional.pad(values, (0, missing)).view(-1, BLOCK)
+
+
+def encode_blocks(
+    values: Tensor, positive: bool, chance: Tensor | int = HALF
+) -> tuple[Tensor, Tensor]:
+    """Bytes, and the largest magnitude of each block.
+
+    Args:
+        values: fp32 ``[elements]``.
+        positive: Whether none is negative.
+        chance: For each element a number below 2^16: codes are rounded up where it carries.
+    """
+    code = POSITIVE if positive else SIGNED
+    blocks = _blocks(values.float())
+    largest = blocks.abs().amax(1) + (blocks * 0).sum(1)  # a NaN for a NaN or an infinity
+    scale = torch.where(largest < SMALLEST, 0, code.largest / largest).unsqueeze(1)
+    relative = (blocks * scale).reshape(-1)[: values.numel()]
+    magnitude = relative.view(torch.int32).long() & 0x7FFFFFFF
+    steps = (magnitude + (chance << code.shift - 16) - BASE) >> code.shift
+    codes = steps.clamp(0, code.top)
+    if positive:  # a second moment of zero beside a first one would be a step without bounds
+        codes = codes.maximum((magnitude > 0).long())
+    else:
+        codes = codes | torch.signbit(relative).long() << 7
+    return codes.to(torch.uint8), largest
+
+
+def decode_blocks(bytes_: Tensor, largest: Tensor, positive: bool) -> Tensor:
+    """The way back: fp32 ``[elements]``."""
+    code = POSITIVE if positive else SIGNED
+    steps = bytes_.to(torch.int32) & code.top
+    relative = torch.where(steps == 0, 0, (steps << code.shift) + BASE).to(torch.int32)
+    values = relative.view(torch.float32)
+    if not positive:
+        values = torch.where(bytes_ > code.top, -values, values)
+    return (_blocks(values) * (largest / code.largest).unsqueeze(1)).reshape(-1)[: bytes_.numel()]
+
+
+def bf16_by_chance(values: Tensor, chance: Tensor) -> Tensor:
+    """fp32 rounded to a bf16 next to it: up where 16 random bits and the lower half carry."""
+    bits = values.float().view(torch.int32).long() + chance
+    rounded = (bits & 0xFFFF0000).to(torch.int32).view(torch.float32).bfloat16()
+    return torch.where(values.isnan(), values.bfloat16(), rounded)
+
+
+def with_remainder(param: Tensor, code: ParamCode, remainder: Tensor | None) -> Tensor:
+    """What a parameter and its remainder are together, fp32."""
+    if remainder is None:
+        return param.float()
+    if code is ParamCode.KAHAN:
+        return param.float() + remainder.float()
+    bits = param.view(torch.int16).to(torch.int32) << 16
+    return (bits + remainder.to(torch.int32)).view(torch.float32)
+
+
+def split(values: Tensor, code: ParamCode) -> tuple[Tensor, Tensor]:
+    """A bf16 parameter and its remainder from fp32."""
+    if code is ParamCode.KAHAN:
+        param = values.bfloat16()
+        return param, (values - param.float()).bfloat16()
+    bits = values.view(torch.int32).long()
+    upper = (bits + 0x8000) >> 16
+    lower = (bits - (upper << 16)).to(torch.int16)
+    # 0xFFFF8000 and above would carry into the sign: NaN.
+    upper = torch.where(values.isnan(), (bits | 0x400000) >> 16, upper).to(torch.int16)
+    return upper.view(torch.bfloat16), torch.where(values.isnan(), 0, lower).to(torch.int16)
+
+
+def read(param: Tensor, slots: Sequence[Tensor], coded: CodedState, rule: str) -> list[Tensor]:
+    """A parameter and its state as they are meant: fp32, shaped and laid out as the parameter."""
+    values = [torch.empty_like(param, dtype=torch.float32) for _ in range(1 + len(slots))]
+    remainder = None if coded.remainder is None else in_memory_order(coded.remainder)
+    found = [with_remainder(in_memory_order(param), coded.param, remainder)]
+    for slot, largest, positive in zip(slots, coded.largest, positive_slots(rule), strict=True):
+        own = in_memory_order(slot)
+        found.append(own if largest is None else decode_blocks(own, largest, positive))
+    for value, own in zip(values, found, strict=True):
+        in_memory_order(value).copy_(own)
+    return values
+
+
+def write(
+    param: Tensor,
+    slots: Sequence[Tensor],
+    values: Sequence[Tensor],
+    coded: CodedState,
+    rule: str,
+    step: int,
+) -> None:
+    """Stores what ``read`` gave, after a step; ``values`` lie as the parameter does."""
+    drawn = coded.seed, coded.number, step, param.numel()
+    new_param, *new_slots = [in_memory_order(value).float() for value in values]
+    own = in_memory_order(param)
+    if coded.param is ParamCode.STOCHASTIC:
+        own.copy_(bf16_by_chance(new_param, param_chances(*drawn)))
+    elif coded.remainder is not None:
+        rounded, lost = split(new_param, coded.param)
+        own.copy_(rounded)
+        in_memory_order(coded.remainder).copy_(lost)
+    else:
+        own.copy_(new_param)
+    chances = state_chances(*drawn)
+    everything = zip(slots, new_slots, coded.largest, positive_slots(rule), strict=True)
+    for slot, value, largest, positive in everything:
+        own = in_memory_order(slot)
+        if largest is not None:
+            bytes_, new_largest = encode_blocks(value, positive, chances)
+            own.copy_(bytes_)
+            largest.copy_(new_largest)
+        elif slot.dtype is torch.bfloat16:
+            own.copy_(bf16_by_chance(value, chances))
+        else:
+            own.copy_(value)
+
+
+def state_chances(seed: int, number: int, step: int, count: int) -> Tensor:
+    """What rounds the state of a parameter in a step: numbers below 2^16, int64 ``[count]``."""
+    groups = -(-count // 512)
+    words = _random_words(seed, number, step, groups * 64)[: groups * 64] >> 16
+    return words.view(-1, 1, 64).expand(-1, 8, -1).reshape(-1)[:count]
+
+
+def param_chances(seed: int, number: int, step: int, count: int) -> Tensor:
+    """The same for the parameter itself."""
+    return _random_words(seed + 1, number, step, count)[:count] & 0xFFFF
+
+
+def _random_words(seed: int, number: int, step: int, count: int) -> Tensor:
+    """Philox numbers of 32 bits, as many as asked for or up to 63 more."""
+    words = torch.empty(1, max(-(-count // 64), 1) * 64, dtype=torch.int32, device="cpu")
+    _native_cpu.random_words(seed, number, step, words)
+    return words[0].long() & 0xFFFFFFFF

@@ -1,0 +1,242 @@
+"""Schedules, the range test, and gradients that are released in the backward pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+
+from fastopt import optim
+from tolerances import assert_matches
+
+matplotlib.use("Agg")
+
+FACTORIES: dict[str, Any] = {
+    "cosine": lambda o: optim.warmup_cosine(o, 4, 20, 0.1),
+    "linear": lambda o: optim.warmup_linear(o, 4, 20, 0.1),
+    "stable": lambda o: optim.warmup_stable_decay(o, 4, 20, 8, 0.1),
+    "inverse square root": lambda o: optim.warmup_inverse_sqrt(o, 4),
+}
+EXPECTED: dict[str, Any] = {
+    "cosine": lambda part: 0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2,
+    "linear": lambda part: 0.1 + 0.9 * (1 - part),
+    "stable": lambda part: 0.1 + 0.9 * min(1.0, 2 * (1 - part)),
+}
+
+
+def optimizer_of_one() -> Any:
+    return optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=2.0)
+
+
+def rates(scheduler: Any, optimizer: Any, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_rates_are_those_of_the_formula(name: str) -> None:
+    optimizer = optimizer_of_one()
+    scheduler = FACTORIES[name](optimizer)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+    found = rates(scheduler, optimizer, 30)
+    assert found[:4] == [0.5, 1.0, 1.5, 2.0]
+    for step in range(4, 30):
+        if name == "inverse square root":
+            factor = math.sqrt(4 / step)
+        else:
+            factor = EXPECTED[name](min(1.0, (step - 4) / 16))
+        assert found[step] == pytest.approx(2.0 * factor)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_resumed_run_keeps_the_schedule_that_it_began_with(name: str, tmp_path: Path) -> None:
+    optimizer = optimizer_of_one()
+    scheduler = FACTORIES[name](optimizer)
+    rates(scheduler, optimizer, 7)
+    torch.save([optimizer.state_dict(), scheduler.state_dict()], tmp_path / "state.pt")
+    expected = rates(scheduler, optimizer, 20)
+    other = optimizer_of_one()
+    resumed = optim.warmup_cosine(other, 1, 2) if name != "cosine" else FACTORIES[name](other)
+    if name != "cosine":
+        resumed = FACTORIES[name](other)
+    states = torch.load(tmp_path / "state.pt", weights_only=True)
+    other.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    assert rates(resumed, other, 20) == expected
+
+
+def test_the_numbers_of_a_schedule_are_in_its_state() -> None:
+    optimizer, other = optimizer_of_one(), optimizer_of_one()
+    state = optim.warmup_linear(optimizer, 3, 50).state_dict()
+    longer = optim.warmup_linear(other, 3, 500)
+    longer.load_state_dict(state)
+    assert longer.lr_lambdas[0].total_steps == 50
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda o: optim.warmup_cosine(o, -1, 5), "warmup_steps must be .* got -1"),
+        (lambda o: optim.warmup_cosine(o, 6, 5), "total_steps must be at least warmup_steps=6"),
+        (lambda o: optim.warmup_linear(o, 1, 5, 1.5), r"final_factor must be in \[0, 1\], got 1.5"),
+        (lambda o: optim.warmup_stable_decay(o, 3, 5, 4), "must fit into total_steps=5, got 3"),
+        (lambda o: optim.warmup_inverse_sqrt(o, 2.5), "warmup_steps must be .* got 2.5"),
+    ],
+)
+def test_wrong_numbers_are_named(make: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make(optimizer_of_one())
+
+
+def test_no_warmup_and_nothing_after_it() -> None:
+    optimizer = optimizer_of_one()
+    assert rates(optim.warmup_cosine(optimizer, 0, 0, 0.5), optimizer, 2) == [1.0, 1.0]
+
+
+def quadratic() -> tuple[torch.nn.Parameter, Any, Any]:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([param], lr=0.3, momentum=0.9)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (param**2).sum()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return param, optimizer, step
+
+
+def test_the_range_test_finds_where_the_loss_falls_and_puts_everything_back() -> None:
+    param, optimizer, step = quadratic()
+    step()
+    before = param.detach().clone(), copy.deepcopy(optimizer.state_dict()), param.grad.clone()
+    found = optim.lr_range_test(step, optimizer, start_lr=1e-4, end_lr=100.0, num_steps=60)
+    assert 1e-4 < found.steepest < 1.0
+    assert len(found.lrs) == len(found.losses) == len(found.smoothed) < 60  # it diverged
+    assert found.lrs[0] == 1e-4 and found.lrs == sorted(found.lrs)
+    assert torch.equal(param.detach(), before[0]) and torch.equal(param.grad, before[2])
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    buffer = optimizer.state_dict()["state"][0]["momentum_buffer"]
+    assert torch.equal(buffer, before[1]["state"][0]["momentum_buffer"])
+    step()
+
+
+def test_the_range_test_is_drawn(tmp_path: Path) -> None:
+    _, optimizer, step = quadratic()
+    axes = optim.lr_range_test(step, optimizer, num_steps=30).plot()
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "learning rate"
+    axes.figure.savefig(tmp_path / "range.png")
+    assert (tmp_path / "range.png").stat().st_size > 1000
+
+
+def test_wrong_arguments_of_the_range_test() -> None:
+    _, optimizer, step = quadratic()
+    for options, text in (
+        ({"start_lr": 0.0}, "start_lr must be above 0"),
+        ({"num_steps": 1}, "num_steps must be at least 2, got 1"),
+        ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\)"),
+        ({"diverged": 1.0}, "diverged must be above 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            optim.lr_range_test(step, optimizer, **options)
+    with pytest.raises(ValueError, match="needs three losses, got 0"):
+        _ = optim.LrRange([], [], []).steepest
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(7, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16), torch.nn.Linear(16, 3)
+    )
+
+
+def losses(net: torch.nn.Module, batches: int = 1) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(batches):
+        yield net(torch.randn(5, 7, generator=generator)).square().mean()
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
+def test_released_gradients_train_as_kept_ones(make: Any, accumulation_steps: int) -> None:
+    ours, theirs = model(), model()
+    optimizer, plain = make(ours.parameters(), lr=0.05), make(theirs.parameters(), lr=0.05)
+    optim.GradientRelease(optimizer, accumulation_steps=accumulation_steps)
+    schedules = [optim.warmup_linear(o, 2, 9) for o in (optimizer, plain)]
+    pairs = zip(losses(ours, 9), losses(theirs, 9), strict=True)
+    for number, (mine, other) in enumerate(pairs):
+        mine.backward()
+        other.backward()
+        complete = number % accumulation_steps == accumulation_steps - 1
+        assert all((param.grad is None) is complete for param in ours.parameters())
+        if complete:
+            for one, schedule in zip((optimizer, plain), schedules, strict=True):
+                one.step()
+                one.zero_grad()
+                schedule.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_matches(mine.detach(), other.detach(), op="optimizer", dtype=torch.float32)
+
+
+def test_a_checkpoint_of_a_run_with_released_gradients() -> None:
+    first, second = model(), model()
+    optimizer = optim.AdamW(first.parameters(), lr=0.05)
+    optim.GradientRelease(optimizer)
+    for loss in losses(first, 3):
+        loss.backward()
+    other = optim.AdamW(second.parameters(), lr=0.05)
+    optim.GradientRelease(other)
+    second.load_state_dict(first.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert len(other.state) == 6
+    for net in (first, second):
+        for loss in losses(net, 2):
+            loss.backward()
+    for mine, copied in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, copied)
+    assert optimizer.state_dict()["state"][0]["step"] == 5
+
+
+def test_clipping_is_by_the_norm_of_the_step_before() -> None:
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = optim.SGD([param], lr=1.0)
+    release = optim.GradientRelease(optimizer, max_grad_norm=1.0)
+    (param * 3).sum().backward()  # a norm of 6, which nobody knew of before
+    assert torch.equal(param.detach(), torch.full((4,), -3.0))
+    assert release.grad_norm == 6
+    (param * 3).sum().backward()
+    assert_matches(param.detach(), torch.full((4,), -3.5), op="optimizer", dtype=torch.float32)
+
+
+def test_tied_and_frozen_parameters_and_an_end_of_it() -> None:
+    net = model()
+    net[2].weight.requires_grad_(False)
+    net[1].tied = net[0].weight
+    optimizer = optim.SGD(net.parameters(), lr=0.1)
+    release = optim.GradientRelease(optimizer)
+    before = net[2].weight.clone()
+    (next(losses(net)) + net[1].tied.sum()).backward()
+    assert net[0].weight.grad is None and torch.equal(net[2].weight, before)
+    release.remove()
+    next(losses(net)).backward()
+    assert net[0].weight.grad is not None
+
+
+def test_wrong_arguments_of_the_release() -> None:
+    params = [torch.nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match="accumulation_steps must be at least 1, got 0"):
+        optim.GradientRelease(optim.SGD(params), accumulation_steps=0)
+    with pytest.raises(ValueError, match="Invalid max_grad_norm value: -1"):
+        optim.GradientRelease(optim.SGD(params), max_grad_norm=-1)
+    with pytest.raises(ValueError, match="must be None: give it to GradientRelease"):
+        optim.GradientRelease(optim.SGD(params, max_grad_norm=1.0))

@@ -1,0 +1,420 @@
+"""State that is not stored in the parameter's dtype: small, exact, and moved between storages."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastopt
+from fastopt import optim
+from fastopt.backends import state_codes
+from fastopt.backends.state_codes import ParamCode
+from tolerances import assert_matches
+
+SHAPES = ((4097,), (64, 80), (5,), (0,), (300, 3, 9))
+STORAGES = ("bf16", "8bit", "fp32", None)
+PRECISIONS = ("stochastic", "kahan", "master", None)
+MAKERS: dict[str, Any] = {
+    "AdamW": lambda params, **options: optim.AdamW(params, lr=1e-2, **options),
+    "Adam": lambda params, **options: optim.Adam(
+        params, lr=1e-2, amsgrad=True, weight_decay=0.1, **options
+    ),
+    "SGD": lambda params, **options: optim.SGD(
+        params, lr=1e-2, momentum=0.9, dampening=0.5, nesterov=False, **options
+    ),
+    "Lion": lambda params, **options: optim.Lion(params, lr=1e-4, **options),
+}
+TAIL = {"max_grad_norm": 1.0, "clip_value": 0.05, "zero_grad_after_step": True, "ema_decay": 0.9}
+Params = list[torch.nn.Parameter]
+
+
+def parameters(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> Params:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def train(optimizer: Any, params: Params, steps: int = 3, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for param in params:
+            noise = torch.randn(param.shape, generator=generator)
+            param.grad = (noise * 0.1 + 0.02).to(param.dtype)
+        optimizer.step()
+
+
+def meant(optimizer: Any, param: Tensor, rule: str) -> list[Tensor]:
+    """A parameter and its state in fp32."""
+    group = optimizer.param_groups[0]
+    keys, coding = optimizer._state_keys(group), optimizer._coding(group, param)
+    state = optimizer.state[param]
+    if coding is None:
+        return [param.detach().float(), *[state[key].float() for key in keys]]
+    name, _ = state_codes.REMAINDERS.get(coding.param, ("", None))
+    coded = state_codes.CodedState(
+        coding.slots,
+        tuple(state.get(state_codes.largest_key(key)) for key in keys),
+        coding.param,
+        state.get(name),
+        0,
+        0,
+    )
+    return state_codes.read(param.detach(), [state[key] for key in keys], coded, rule)
+
+
+@pytest.mark.parametrize("options", [{}, TAIL], ids=["plain", "tail"])
+@pytest.mark.parametrize(
+    ("dtype", "storage", "precision"),
+    [
+        (torch.float32, "bf16", None),
+        (torch.float32, "8bit", None),
+        (torch.float16, "8bit", None),
+        *itertools.product([torch.bfloat16], STORAGES, PRECISIONS),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", MAKERS)
+def test_steps_as_the_reference_does(
+    name: str, dtype: torch.dtype, storage: str | None, precision: str | None, options: Any
+) -> None:
+    """From the same state, which two steps have made, with the same random numbers."""
+    params = parameters(dtype)
+    optimizer = MAKERS[name](
+        params, state_storage=storage, param_precision=precision, min_8bit_size=100, **options
+    )
+    train(optimizer, params, steps=2)
+    copied = copy.deepcopy({"params": params, "optimizer": optimizer})
+    others, reference = copied["params"], copied["optimizer"]
+    reference._backend = "reference"
+    train(optimizer, params, steps=1, seed=5)
+    train(reference, others, steps=1, seed=5)
+    rule = optimizer._update_rule(optimizer.param_groups[0]).name
+    for mine, other in zip(params, others, strict=True):
+        if not mine.numel():
+            continue
+        (param, *state), (expected, *expected_state) = (
+            meant(*pair, rule) for pair in ((optimizer, mine), (reference, other))
+        )
+        narrow = dtype is not torch.float32
+        op = "parameter by chance" if narrow else "optimizer"
+        assert_matches(param, expected, op=op, dtype=torch.float32)
+        op = f"state in {storage or 'bf16'}"
+        if narrow and storage is None and precision == "master":
+            op = "state in fp32"
+        for actual, value in zip(state, expected_state, strict=True):
+            assert_matches(actual, value, op=op, dtype=torch.float32)
+        for key, value in reference.state[other].items():
+            assert optimizer.state[mine][key].dtype == value.dtype
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_masters_are_those_of_a_run_in_fp32_to_the_bit(name: str) -> None:
+    params = parameters(torch.bfloat16)
+    wide = [torch.nn.Parameter(param.detach().float()) for param in params]
+    optimizer, plain = MAKERS[name](params, param_precision="master"), MAKERS[name](wide)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(10):
+        for param, other in zip(params, wide, strict=True):
+            param.grad = torch.randn(param.shape, generator=generator).bfloat16()
+            other.grad = param.grad.float()
+        optimizer.step()
+        plain.step()
+    for param, other in zip(params, wide, strict=True):
+        remainder = optimizer.state[param]["master_remainder"]
+        assert remainder.dtype is torch.int16
+        master = state_codes.with_remainder(param.detach(), ParamCode.MASTER, remainder)
+        assert torch.equal(master, other.detach())
+        assert torch.equal(param.detach(), other.detach().bfloat16()) or _differ_in_ties(
+            param, other
+        )
+        for key in optimizer._state_keys(optimizer.param_groups[0]):
+            assert torch.equal(optimizer.state[param][key], plain.state[other][key])
+
+
+def _differ_in_ties(param: Tensor, other: Tensor) -> bool:
+    """Of two bf16 equally near, the larger one is taken, where torch takes the even one."""
+    differ = param.detach() != other.detach().bfloat16()
+    bits = other.detach()[differ].view(torch.int32) & 0xFFFF
+    return bool((bits == 0x8000).all())
+
+
+@pytest.mark.parametrize(("storage", "precision"), [("8bit", "stochastic"), ("bf16", "kahan")])
+def test_bits_do_not_depend_on_the_threads(storage: str, precision: str) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        params = parameters(torch.bfloat16)
+        optimizer = optim.AdamW(params, state_storage=storage, param_precision=precision)
+        train(optimizer, params)
+        results.append([*params, *(t for s in optimizer.state.values() for t in s.values())])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_seed_tells_runs_apart_and_repeats_them() -> None:
+    def run(seed: int) -> Tensor:
+        params = parameters(torch.bfloat16, ((1000,),))
+        train(optim.AdamW(params, param_precision="stochastic", rounding_seed=seed), params)
+        return params[0].detach()
+
+    assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
+
+
+def test_rounding_by_chance_keeps_the_mean() -> None:
+    """Updates a hundred times smaller than a unit in the last place add up."""
+    param = torch.nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
+    optimizer = optim.SGD([param], lr=1.0, param_precision="stochastic")
+    for _ in range(50):
+        param.grad = torch.full_like(param, 1e-4)
+        optimizer.step()
+    assert_matches(param.detach().float().mean(), torch.tensor(1 - 50e-4), op="mean of chances",
+                   dtype=torch.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", ["8bit", "bf16"])
+def test_a_second_moment_follows_its_gradients(storage: str) -> None:
+    """A thousandth of a change in each step is far below what a code can tell apart."""
+    param = torch.nn.Parameter(torch.zeros(8192))
+    optimizer = optim.Adam([param], lr=0.0, state_storage=storage)
+    scale = torch.linspace(0.5, 2, 8192)
+    for step in range(1500):
+        param.grad = scale if step < 500 else scale * 0.3
+        optimizer.step()
+    _, _, second = meant(optimizer, param, "adam")
+    kept = 0.999**1000
+    expected = scale**2 * (0.09 * (1 - kept) + (1 - 0.999**500) * kept)
+    assert_matches((second / expected).mean(), torch.tensor(1.0), op="mean of chances",
+                   dtype=torch.float32)  # fmt: skip
+
+
+def test_bytes_for_each_parameter() -> None:
+    param = torch.nn.Parameter(torch.zeros(1 << 20))
+    param.grad = torch.ones_like(param)
+
+    def bytes_of(**options: Any) -> float:
+        optimizer = optim.AdamW([param], **options)
+        optimizer.step()
+        tensors = optimizer.state[param].values()
+        return sum(t.numel() * t.element_size() for t in tensors) / param.numel()
+
+    assert bytes_of(state_storage="8bit") <= 2.1
+    assert bytes_of(state_storage="bf16") <= 4.1
+    assert bytes_of() >= 8
+
+
+def test_small_tensors_and_groups_that_say_so_keep_fp32() -> None:
+    small, large, embedding = parameters(torch.float32, ((4095,), (4096,), (5000, 2)))
+    groups = [{"params": [small, large]}, {"params": [embedding], "state_storage": None}]
+    optimizer = optim.AdamW(groups, state_storage="8bit")
+    train(optimizer, [small, large, embedding], steps=1)
+    dtypes = [optimizer.state[p]["exp_avg"].dtype for p in (small, large, embedding)]
+    assert dtypes == [torch.float32, torch.uint8, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_what_has_no_codes_keeps_torchs_state(dtype: torch.dtype) -> None:
+    param = torch.nn.Parameter(torch.ones(5000, dtype=dtype))
+    optimizer = optim.AdamW([param], state_storage="8bit")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].dtype is dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_dense_layout_of_parameters_and_any_of_gradients(dtype: torch.dtype) -> None:
+    values, grads = torch.randn(64, 96).to(dtype), torch.randn(4, 64, 96).to(dtype)
+    results = []
+    for transposed, strided in itertools.product((False, True), repeat=2):
+        start = values.t().contiguous().t() if transposed else values.clone()
+        param = torch.nn.Parameter(start)
+        optimizer = optim.AdamW([param], state_storage="bf16", max_grad_norm=0.5)
+        for grad in grads:
+            wide = torch.zeros(64, 192, dtype=dtype)
+            wide[:, ::2] = grad
+            param.grad = wide[:, ::2] if strided else grad.clone()
+            optimizer.step()
+        results.append((transposed, param.detach().clone()))
+        assert optimizer.state[param]["exp_avg"].stride() == param.stride()
+    # Elements draw by their place in memory.
+    for transposed in (False, True):
+        first, second = [param for kind, param in results if kind is transposed]
+        assert torch.equal(first, second)
+
+
+STATES = [("8bit", "master"), ("8bit", "stochastic"), ("bf16", "kahan"), (None, "master")]
+
+
+@pytest.mark.parametrize(("storage", "precision"), STATES)
+@pytest.mark.parametrize("how", ["deepcopy", "state_dict", "weights_only"])
+def test_a_copy_goes_on_to_the_bit(
+    storage: str | None, precision: str, how: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"state_storage": storage, "param_precision": precision}
+    params = parameters(torch.bfloat16)
+    optimizer = optim.AdamW(params, **options)
+    train(optimizer, params)
+    if how == "deepcopy":
+        copied = copy.deepcopy({"params": params, "optimizer": optimizer})
+        others, other = copied["params"], copied["optimizer"]
+    else:
+        others = [torch.nn.Parameter(param.detach().clone()) for param in params]
+        other = optim.AdamW(others, **options)
+        saved: Any = optimizer.state_dict()
+        if how == "weights_only":
+            torch.save(saved, tmp_path / "state.pt")
+            saved = torch.load(tmp_path / "state.pt", weights_only=True)
+        other.load_state_dict(copy.deepcopy(saved))
+        for old, new in zip(params, others, strict=True):
+            for key, value in optimizer.state[old].items():
+                assert torch.equal(value, other.state[new][key])
+                assert value.dtype == other.state[new][key].dtype
+    train(optimizer, params, seed=9)
+    train(other, others, seed=9)
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+def test_hooks_of_the_user_see_what_was_saved() -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = optim.AdamW(params, state_storage="8bit")
+    train(optimizer, params)
+    other = optim.AdamW(params, state_storage="8bit")
+    seen = []
+    other.register_load_state_dict_post_hook(
+        lambda loaded: seen.append(loaded.state[params[0]]["exp_avg"].dtype)
+    )
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == [torch.uint8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"), [p for p in itertools.permutations(STORAGES, 2) if "8bit" in p]
+)
+def test_a_checkpoint_moves_between_storages(
+    before: str | None, after: str | None, dtype: torch.dtype
+) -> None:
+    params = parameters(dtype, ((64, 80), (9000,)))
+    optimizer = optim.AdamW(params, state_storage=before)
+    train(optimizer, params)
+    others = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    other = optim.AdamW(others, state_storage=after)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, params, seed=7)
+    train(other, others, seed=7)
+    op = "changed storage" if dtype is torch.float32 else "changed storage, bf16"
+    for param, moved in zip(params, others, strict=True):
+        assert_matches(moved.detach(), param.detach(), op=op, dtype=dtype)
+        coding = other._coding(other.param_groups[0], moved)
+        expected = dtype if coding is None else state_codes.DTYPES.get(coding.slots[0], dtype)
+        assert other.state[moved]["exp_avg"].dtype is expected
+        assert ("exp_avg_largest" in other.state[moved]) is (after == "8bit")
+
+
+def test_torch_goes_on_from_fp32_state_of_ours() -> None:
+    params = parameters(torch.float32, ((9000,),))
+    optimizer = optim.AdamW(params, state_storage="8bit")
+    train(optimizer, params)
+    plain = optim.AdamW(params)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(plain, params)
+    torchs = torch.optim.AdamW(params)
+    torchs.load_state_dict(plain.state_dict())
+    train(torchs, params)
+    assert all(param.isfinite().all() for param in params)
+
+
+def test_the_storage_may_change_between_two_steps() -> None:
+    params = parameters(torch.float32, ((9000,),))
+    optimizer = optim.AdamW(params)
+    train(optimizer, params)
+    for storage in ("8bit", "bf16", "fp32", None):
+        optimizer.state_storage = storage
+        train(optimizer, params, steps=1)
+        wanted = {"8bit": torch.uint8, "bf16": torch.bfloat16}.get(storage or "", torch.float32)
+        assert optimizer.state[params[0]]["exp_avg_sq"].dtype is wanted
+
+
+def test_a_nan_stays_in_its_block_and_an_infinity_too() -> None:
+    for value in (float("nan"), float("inf")):
+        param = torch.nn.Parameter(torch.ones(4096))
+        param.grad = torch.ones_like(param)
+        param.grad[300] = value
+        optimizer = optim.AdamW([param], state_storage="8bit")
+        optimizer.step()
+        optimizer.step()
+        assert param[:256].isfinite().all() and param[512:].isfinite().all()
+        assert not param[300].isfinite()
+
+
+def test_a_gradient_that_no_kernel_takes_raises() -> None:
+    param = torch.nn.Parameter(torch.ones(5000))
+    optimizer = optim.SGD([param], momentum=0.9, state_storage="8bit")
+    train(optimizer, [param], steps=1)
+    before = param.detach().clone()
+    param.grad = torch.ones(5000).to_sparse()
+    with pytest.raises(RuntimeError, match=r"cannot step a parameter .* layout"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)
+
+
+def test_a_backend_without_codes_says_so() -> None:
+    param = torch.nn.Parameter(torch.ones(5000))
+    optimizer = optim.AdamW([param], state_storage="8bit", backend="torch")
+    param.grad = torch.ones(5000)
+    with pytest.raises(RuntimeError, match="torch stores state in the parameter's dtype alone"):
+        optimizer.step()
+    (row,) = fastopt.explain(optim.AdamW([param], state_storage="8bit")).parameters
+    assert row.backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"state_storage": "4bit"}, "state_storage must be one of .*, got '4bit'"),
+        ({"param_precision": "exact"}, "param_precision must be one of .*, got 'exact'"),
+        ({"min_8bit_size": -1}, "Invalid min_8bit_size value: -1"),
+        ({"rounding_seed": 0.5}, "Invalid rounding_seed value: 0.5"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        optim.AdamW([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_optimizers_without_codes_do_not_take_the_options() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'state_storage'"):
+        optim.Adagrad([torch.nn.Parameter(torch.ones(2))], state_storage="8bit")
+
+
+def test_codes_are_exact_where_they_can_be() -> None:
+    """Zeros, the largest of a block, and every code decoded and encoded again."""
+    for positive in (False, True):
+        code = state_codes.POSITIVE if positive else state_codes.SIGNED
+        bytes_ = torch.arange(256, dtype=torch.uint8)
+        if not positive:
+            bytes_[128] = 0  # minus zero
+        largest = torch.tensor([3.0])
+        values = state_codes.decode_blocks(bytes_, largest, positive)
+        assert float(values.abs().max()) == 3.0
+        again, found = state_codes.encode_blocks(values, positive, 0)
+        assert torch.equal(found, largest)
+        assert ((again.int() - bytes_.int()).abs() <= 1).all()
+        assert torch.equal(state_codes.decode_blocks(bytes_[:1], largest, positive).abs(),
+                           torch.zeros(1))  # fmt: skip
+        assert code.top in (127, 255)
+
+
+def test_state_dicts_are_plain_tensors() -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = optim.AdamW(params, state_storage="8bit", param_precision="master")
+    train(optimizer, params)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True)["state"][0]["exp_avg"].dtype is torch.uint8
