@@ -319,7 +319,7 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(card: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_the_backend_refuses_what_it_cannot_step() -> None:
+def test_the_backend_refuses_what_it_cannot_step(backend: str) -> None:
     param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
     param.grad = torch.ones(3, device=DEVICE).to_sparse()
     optimizer = optim.SGD([param], lr=0.1, backend=backend)
