@@ -59,7 +59,7 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
             "benchmark",
             [*python, "-m", "bench.gpu", "--figures", str(figures)]
             + (["--simulate"] if simulate else []),
-            200,
+            400 if simulate else 200,
             interpreter,
         ),
         Stage("self-check", [*python, "-m", "fastopt", "selfcheck"], 60),
