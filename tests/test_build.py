@@ -35,7 +35,7 @@ def setup(tree: Path, *arguments: str, **environment: str) -> subprocess.Complet
         capture_output=True,
         text=True,
         env={**os.environ, **CUDA_OFF, **environment},
-        timeout=300,
+        timeout=900,
     )
 
 
