@@ -65,9 +65,7 @@ def test_a_resumed_run_keeps_the_schedule_that_it_began_with(name: str, tmp_path
     torch.save([optimizer.state_dict(), scheduler.state_dict()], tmp_path / "state.pt")
     expected = rates(scheduler, optimizer, 20)
     other = optimizer_of_one()
-    resumed = optim.warmup_cosine(other, 1, 2) if name != "cosine" else FACTORIES[name](other)
-    if name != "cosine":
-        resumed = FACTORIES[name](other)
+    resumed = FACTORIES[name](other)
     states = torch.load(tmp_path / "state.pt", weights_only=True)
     other.load_state_dict(states[0])
     resumed.load_state_dict(states[1])

@@ -72,8 +72,28 @@ class Tail(NamedTuple):
         return scaled or self.clip_value < math.inf
 
 
+class _Request:
+    """What all requests have in common: there is a tensor that is worked on."""
+
+    __slots__ = ()
+    operator: ClassVar[str]
+    _subject: ClassVar[str]  # the field
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is worked on."""
+        tensor: Tensor = getattr(self, self._subject)
+        return tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is."""
+        tensor: Tensor = getattr(self, self._subject)
+        return tensor.device
+
+
 @dataclass(frozen=True, slots=True)
-class ParameterRequest:
+class ParameterRequest(_Request):
     """May a backend step this parameter?
 
     Attributes:
@@ -88,6 +108,7 @@ class ParameterRequest:
     """
 
     operator: ClassVar[str] = "optimizer_step"
+    _subject: ClassVar[str] = "param"
 
     param: Tensor
     grad: Tensor | None
@@ -97,16 +118,6 @@ class ParameterRequest:
     group: ParamGroup
     product: Any = None
     coding: StateCoding | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what is worked on."""
-        return self.param.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the work is."""
-        return self.param.device
 
     @property
     def task(self) -> str:
@@ -124,7 +135,7 @@ def step_of(param: Tensor) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class LstmRequest:
+class LstmRequest(_Request):
     """May a backend run these layers, forward and backward?
 
     Attributes:
@@ -140,6 +151,7 @@ class LstmRequest:
     """
 
     operator: ClassVar[str] = "lstm"
+    _subject: ClassVar[str] = "input"
 
     input: Tensor
     batch_sizes: Tensor | None
@@ -149,16 +161,6 @@ class LstmRequest:
     has_biases: bool
     num_layers: int
     bidirectional: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what is worked on."""
-        return self.input.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the work is."""
-        return self.input.device
 
     @property
     def task(self) -> str:
@@ -201,7 +203,7 @@ class LstmRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionRequest:
+class AttentionRequest(_Request):
     """May a backend run this attention, forward and backward?
 
     Query ``i`` stands at key ``i``, or from the bottom right at key ``i + keys - queries``, and
@@ -231,6 +233,7 @@ class AttentionRequest:
     """
 
     operator: ClassVar[str] = "attention"
+    _subject: ClassVar[str] = "query"
 
     query: Tensor
     key: Tensor
@@ -252,16 +255,6 @@ class AttentionRequest:
     inference: bool = False
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of what is worked on."""
-        return self.query.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the work is."""
-        return self.query.device
-
-    @property
     def task(self) -> str:
         """The work in words, for messages."""
         shape, dtype = list(self.query.shape), self.query.dtype
@@ -273,7 +266,7 @@ class AttentionRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class LinearCrossEntropyRequest:
+class LinearCrossEntropyRequest(_Request):
     """May a backend run this linear layer with its cross-entropy, forward and backward?
 
     With ``s = softcap(input @ linear_weight^T + linear_bias)``, the loss of a row is the
@@ -296,6 +289,7 @@ class LinearCrossEntropyRequest:
     """
 
     operator: ClassVar[str] = "linear_cross_entropy"
+    _subject: ClassVar[str] = "input"
 
     input: Tensor
     linear_weight: Tensor
@@ -308,16 +302,6 @@ class LinearCrossEntropyRequest:
     softcap: float = 0.0
     z_loss: float = 0.0
     chunk_rows: int = 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what is worked on."""
-        return self.input.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the work is."""
-        return self.input.device
 
     @property
     def task(self) -> str:

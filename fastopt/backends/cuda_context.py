@@ -11,6 +11,13 @@ import torch
 
 
 @functools.cache
+def compute_capability(device: torch.device) -> int:
+    """Of a card, major and minor as one number: 90 for a Hopper."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
 def card_identity(device: torch.device) -> dict[str, str]:
     """The card, and the versions above it, that a verdict on kernels hangs on."""
     try:
@@ -19,8 +26,7 @@ def card_identity(device: torch.device) -> dict[str, str]:
         fastopt = "unknown"
     card = "no card"
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        card = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+        card = f"{torch.cuda.get_device_name(device)}, sm_{compute_capability(device)}"
     return {"card": card, "torch": torch.__version__, "fastopt": fastopt}
 
 

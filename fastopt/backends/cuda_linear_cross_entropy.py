@@ -11,14 +11,9 @@ from torch import Tensor
 from fastopt.backends import linear_cross_entropy
 from fastopt.backends.contract import LinearCrossEntropyRequest
 from fastopt.backends.cuda_context import is_capturing, stream_of
-from fastopt.backends.linear_cross_entropy import Chunks, Rows
+from fastopt.backends.linear_cross_entropy import Chunks, Rows, chunks_on_card
 from fastopt.backends.linear_cross_entropy_requests import refuse_linear_cross_entropy
 from fastopt.backends.plain_tensors import DLPACK_DEVICES, REAL_DTYPES
-
-# 2048 rows of bf16. By count, not by measurement: a chunk moves about 16 bytes for each element of
-# the weight, and multiplies 6 * rows times; on an H100 that is 15% of the products' time.
-BYTES_PER_CLASS = 4096
-ROW_MULTIPLE = 64  # tensor cores want rows that begin at multiples of 16 bytes
 
 # Modules, dtypes, cards.
 _loaded: set[tuple[ModuleType, torch.dtype, int]] = set()
@@ -44,13 +39,7 @@ def _chunks(native: ModuleType) -> Chunks:
         given = native.CrossEntropyRows(*rows)
         native.cross_entropy(given, DLPACK_DEVICES[device.type], index, stream_of(device))
 
-    return Chunks(
-        kernel,
-        lambda dtype: dtype,
-        bytes_per_class=BYTES_PER_CLASS,
-        row_multiple=ROW_MULTIPLE,
-        reads_targets=False,
-    )
+    return chunks_on_card(kernel)
 
 
 def forward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastopt.backends.contract import Request
+from fastopt.backends.cuda_context import compute_capability
 from fastopt.backends.measured_table import FASTEST
 from fastopt.backends.plain_tensors import autocast_dtype
 
@@ -19,7 +20,4 @@ def fastest_measured(request: Request) -> str | None:
     return FASTEST.get((request.operator, str(dtype), _capability(request.device)))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+_capability = torch.compiler.assume_constant_result(compute_capability)

@@ -7,6 +7,7 @@ that is resumed goes on with the schedule that it began with.
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass
-class Schedule:
+class Schedule(abc.ABC):
     """What the learning rate is multiplied by at each step, counted from 0.
 
     It rises linearly during the warm-up, reaches 1 at its end, and then follows ``decayed``.
@@ -35,9 +36,9 @@ class Schedule:
             return (step + 1) / self.warmup_steps
         return self.decayed(step - self.warmup_steps)
 
+    @abc.abstractmethod
     def decayed(self, step: int) -> float:
         """The factor of a step after the warm-up, counted from its end."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -64,9 +65,9 @@ class EndingSchedule(Schedule):
         part = min(1.0, step / steps) if steps else 1.0
         return self.final_factor + (1 - self.final_factor) * self.shape(part)
 
+    @abc.abstractmethod
     def shape(self, part: float) -> float:
         """From 1 to 0 while ``part`` goes from 0 to 1."""
-        raise NotImplementedError
 
 
 class Cosine(EndingSchedule):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastopt.backends.cuda_context import is_capturing
+from fastopt.backends.cuda_context import compute_capability, is_capturing
 
 # Of a card that the interpreter plays.
 _SIMULATED_CAPABILITY = 90
@@ -33,13 +33,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def capability(device: torch.device) -> int:
-    """Major and minor compute capability as one number, 90 for a Hopper."""
-    if device.type != "cuda":
-        return _SIMULATED_CAPABILITY
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    """The card's, or of the one that the interpreter plays."""
+    return compute_capability(device) if device.type == "cuda" else _SIMULATED_CAPABILITY
 
 
 @functools.cache

@@ -11,8 +11,7 @@ from torch import Tensor
 from fastopt.backends import linear_cross_entropy
 from fastopt.backends.contract import LinearCrossEntropyRequest
 from fastopt.backends.cuda_context import is_capturing
-from fastopt.backends.cuda_linear_cross_entropy import BYTES_PER_CLASS, ROW_MULTIPLE
-from fastopt.backends.linear_cross_entropy import Chunks, Rows
+from fastopt.backends.linear_cross_entropy import Chunks, Rows, chunks_on_card
 from fastopt.backends.linear_cross_entropy_requests import (
     has_probabilities,
     refuse_linear_cross_entropy,
@@ -73,13 +72,7 @@ def _chunks(request: LinearCrossEntropyRequest) -> Chunks:
         )
         mark_loaded(rows.logits.device, FAMILY, *_of(request, rows.loss_scale is not None))
 
-    return Chunks(
-        kernel,
-        lambda dtype: dtype,
-        bytes_per_class=BYTES_PER_CLASS,
-        row_multiple=ROW_MULTIPLE,
-        reads_targets=False,
-    )
+    return chunks_on_card(kernel)
 
 
 def _can_be_divided_by(cap: float, dtype: torch.dtype) -> bool:
