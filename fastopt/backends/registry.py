@@ -40,13 +40,13 @@ class Choice(NamedTuple):
     """What was chosen for a request.
 
     Attributes:
-        task: The work, in words.
+        request: The work.
         requested: What the user asked for.
         backend: Who does it; None where the backend that was named cannot.
         reasons: For each backend that was asked before, why it does not.
     """
 
-    task: str
+    request: Request
     requested: str
     backend: str | None
     reasons: dict[str, str]
@@ -113,9 +113,9 @@ def answers(request: Request, choice: str) -> Choice:
     for name in _allowed(request, choice):
         reason = request.ask(BACKENDS[name])
         if reason is None:
-            return Choice(request.task, choice, name, reasons)
+            return Choice(request, choice, name, reasons)
         reasons[name] = reason
-    return Choice(request.task, choice, None, reasons)
+    return Choice(request, choice, None, reasons)
 
 
 def _allowed(request: Request, choice: str) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ def choose_silently(request: Request, choice: str) -> str:
 def _taken(chosen: Choice) -> str:
     if chosen.backend is None:
         reasons = "; ".join(chosen.reasons.values())
-        raise RuntimeError(f"backend {chosen.requested!r} cannot {chosen.task}: {reasons}")
+        raise RuntimeError(f"backend {chosen.requested!r} cannot {chosen.request.task}: {reasons}")
     return chosen.backend
 
 

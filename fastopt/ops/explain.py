@@ -101,7 +101,7 @@ def explain(what: SteppedOptimizer | Callable[..., Any], *args: Any, **kwargs: A
     with registry.watched() as choices:
         what(*args, **kwargs)
     calls = [
-        ExplainedCall(choice.task, choice.backend, choice.reasons)
+        ExplainedCall(choice.request.task, choice.backend, choice.reasons)
         for choice in choices
         if choice.backend is not None
     ]
