@@ -25,7 +25,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # 342 rows of fp32, 66 MiB for 50,257 classes. Each chunk reads the weight twice, and its gradient
-# once and writes it; 256 rows take 7% longer, 512 rows about the same (2 cores of a Xeon with
+# once and writes it; 256 rows take 7% longer, more than 342 the same (2 cores of a Xeon with
 # AVX-512, 768 features, row "linear cross-entropy 2048x768x50257, training").
 CHUNKS = Chunks(_kernel, _product_dtype, bytes_per_class=1368, row_multiple=1, reads_targets=True)
 
