@@ -58,7 +58,7 @@ class GradientRelease:
         self._accumulation_steps = accumulation_steps
         self._max_grad_norm = max_grad_norm
         self._squares: list[Tensor] = []  # of the norms so far in this step
-        self._is_last_pass_known = False
+        self._end_is_awaited = False
         self._handles = []
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -86,8 +86,8 @@ class GradientRelease:
                 self._clip(param)
             own.step()
             param.grad = None
-            if not self._is_last_pass_known:
-                self._is_last_pass_known = True
+            if not self._end_is_awaited:
+                self._end_is_awaited = True
                 torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
         return release
@@ -101,7 +101,7 @@ class GradientRelease:
 
     def _finish(self) -> None:
         """At the end of a backward pass that has stepped parameters."""
-        self._is_last_pass_known = False
+        self._end_is_awaited = False
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it
         if self._squares:
             first = self._squares[0].device
