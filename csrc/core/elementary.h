@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "core/platform.h"
+#include "core/dtypes.h"
 
 FASTOPT_BEGIN_NAMESPACE
 
@@ -40,5 +40,30 @@ HOST_DEVICE float at_least(float x, float bound) { return x < bound ? bound : x;
 HOST_DEVICE double at_least(double x, double bound) { return x < bound ? bound : x; }
 HOST_DEVICE float at_most(float x, float bound) { return x > bound ? bound : x; }
 HOST_DEVICE double at_most(double x, double bound) { return x > bound ? bound : x; }
+// The value as it is rounded, on a CPU: the compiler does not fuse what made it with what uses it.
+// In a sum of two products it may fuse either, and not the same one in every loop.
+template <class T>
+HOST_DEVICE T unfused(T value) {
+#if defined(__x86_64__) && !defined(__CUDACC__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__) && !defined(__CUDACC__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+// The bits of an fp32 number, and the number of them.
+HOST_DEVICE uint32_t bits_of(float value) { return float_bits(value); }
+template <class V>
+using BitsOf = decltype(bits_of(V()));
+template <class V>
+HOST_DEVICE V from_bits(BitsOf<V> bits) {
+  V value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+// `bits`, or those of a quiet NaN where the number is a NaN.
+HOST_DEVICE uint32_t unless_nan(float value, uint32_t bits) {
+  return value != value ? float_bits(value) | 0x00400000u : bits;
+}
 
 FASTOPT_END_NAMESPACE

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "core/dtypes.h"
+#include "core/elementary.h"
 
 namespace fastopt {
 
@@ -22,59 +22,106 @@ enum class ParamCode : int32_t {
   kMaster,      // what rounding lost, as the difference of the bits: exactly an fp32 number
 };
 
+// Of an element; a code of its own, not that of the parameter.
+constexpr int64_t bytes_of(SlotCode code) {
+  return code == SlotCode::kFloat32 ? 4 : code == SlotCode::kBFloat16 ? 2 : 1;
+}
+
 // Elements that share a scale.
 constexpr int64_t kCodeBlock = 256;
 
 // Random numbers of one parameter in one step are words of core/philox.h, with the parameter's
-// number for a head and the step for a row. Of `kParamDraws + seed`, each element has a word, whose
-// lower half rounds the parameter. Of `seed`, each 512 elements share a group of 64, whose upper
-// halves round the state: nobody adds up errors of the state of different elements.
-constexpr uint64_t kParamDraws = 1;
-constexpr int64_t kElementsOfGroup = 512;
+// number for a head and the step for a row. 4096 elements share a group of 64 words. The upper half
+// of a word rounds the state of 64 elements, which nobody adds up. The lower half rounds the
+// parameters, each turned by the golden section of its range against the one before, so that what
+// is summed over a row of a matrix has smaller errors than if each drew for itself.
+constexpr int64_t kElementsOfGroup = 4096;
+constexpr uint32_t kGoldenTurn = 40503;  // of 2^16
 
 }  // namespace fastopt
 
 FASTOPT_BEGIN_NAMESPACE
 
+// What a word is for the state and the parameter of an element, by its place in the group. Both are
+// below 2^16.
+template <class Bits>
+HOST_DEVICE Bits state_chance(Bits word) {
+  return word >> 16;
+}
+template <class Bits>
+HOST_DEVICE Bits param_chance(Bits word, int64_t place) {
+  return (word + static_cast<uint32_t>(place) / 64 * kGoldenTurn) & 0xFFFFu;
+}
+
+// Bits of which the upper 16 are a bf16 next to the number: the nearest, of two equally near ones
+// the larger; or either of the two, by a chance below 2^16, so that the mean is kept.
+template <class V>
+HOST_DEVICE BitsOf<V> near_bits(V value) {
+  return unless_nan(value, bits_of(value) + 0x8000u);
+}
+template <class V>
+HOST_DEVICE BitsOf<V> near_bits(V value, BitsOf<V> chance) {
+  return unless_nan(value, bits_of(value) + chance);
+}
+
+// What a number has more than the bf16 in the upper half of `near`. Of a master that is the
+// difference of the bits, of either sign, in 16 bits; of Kahan's sum the difference of the numbers,
+// in the upper half again.
+template <class V>
+HOST_DEVICE BitsOf<V> master_remainder(V value, BitsOf<V> near) {
+  return unless_nan(value, bits_of(value)) - (near & 0xFFFF0000u);
+}
+template <class V>
+HOST_DEVICE V with_master_remainder(V upper, BitsOf<V> remainder) {
+  return from_bits<V>(bits_of(upper) + (remainder ^ 0x8000u) - 0x8000u);
+}
+template <class V>
+HOST_DEVICE BitsOf<V> kahan_remainder(V value, BitsOf<V> near) {
+  return bits_of(value - from_bits<V>(near & 0xFFFF0000u)) + 0x8000u;
+}
+
 // Bytes of a block are numbers relative to its largest magnitude, with four bits of exponent: three
-// of mantissa beside a sign, or four for state that is never negative. A second moment changes by a
-// thousandth in a step, far less than a code: rounded to the nearest it would hardly ever move. So
-// codes are rounded by chance, as is bf16 state, and keep the mean.
-//
-// Bits is uint32_t or a vector of them.
+// of mantissa beside a sign, or four for state that is never negative. 2^-15 is added before and
+// taken away after, which makes of the smallest codes equal steps from zero on. A second moment
+// changes by a thousandth in a step, far less than a code: rounded to the nearest it would hardly
+// ever move. So codes are rounded by chance, as is bf16 state, and keep the mean.
 template <bool kSigned>
 struct ByteCode {
-  static constexpr int kShift = kSigned ? 20 : 19;  // bits of fp32 that are cut off
-  static constexpr uint32_t kTop = kSigned ? 127 : 255;
-  static constexpr uint32_t kBase = 111u << 23;                    // 2^-16
-  static constexpr float kLargest = kSigned ? 0.9375f : 0.96875f;  // what kTop stands for
+  static constexpr int kShift = kSigned ? 20 : 19;        // bits of fp32 that are cut off
+  static constexpr uint32_t kBits = kSigned ? 127 : 255;  // without the sign
+  static constexpr uint32_t kBase = 112u << 23;  // of kOffset; zeros where a code has its bits
+  static constexpr float kOffset = 1.0f / 32768;
 
-  // What elements are multiplied by before they are encoded, and after they are decoded. A block
-  // whose largest is next to nothing is one of zeros.
-  static HOST_DEVICE float to_relative(float largest) {
-    return largest < 1e-37f ? 0.0f : kLargest / largest;
-  }
-  static HOST_DEVICE float from_relative(float largest) { return largest / kLargest; }
+  // What elements are multiplied by before they are encoded. A block whose largest is next to
+  // nothing is one of zeros.
+  static HOST_DEVICE float scale(float largest) { return largest < 1e-37f ? 0.0f : 1 / largest; }
 
-  // Of the bits of a relative value; chance < 2^16.
+  // What is added to the bits of a number to round it by a chance below 2^16.
   template <class Bits>
-  static HOST_DEVICE Bits encode(Bits bits, Bits chance) {
-    const Bits zero{}, one = zero + 1u, top = zero + kTop;
-    const Bits magnitude = bits & 0x7FFFFFFFu;
-    const Bits drawn = magnitude + (chance << (kShift - 16));
-    const Bits steps = (drawn - kBase) >> kShift;
-    Bits code = drawn < kBase ? zero : steps > kTop ? top : steps;
-    if (kSigned) return code | (bits >> 31 << 7);
-    // A second moment of zero beside a first one would be a step without bounds.
-    return code == 0u ? (magnitude == 0u ? zero : one) : code;
+  static HOST_DEVICE Bits rounding(Bits chance) {
+    return (chance << (kShift - 16)) - kBase;
   }
 
-  template <class Bits>
-  static HOST_DEVICE Bits decode(Bits code) {
-    const Bits steps = code & kTop;
-    const Bits zero{};
-    const Bits magnitude = steps == 0u ? zero : (steps << kShift) + kBase;
-    return kSigned ? magnitude | (code >> 7 << 31) : magnitude;
+  // The lowest byte of the result; the others are zero but in a block with a NaN.
+  template <class V>
+  static HOST_DEVICE BitsOf<V> encode(V value, float scale, BitsOf<V> rounding) {
+    const V relative = (kSigned ? magnitude(value) : value) * scale + kOffset;
+    const BitsOf<V> code = (bits_of(relative) + rounding) >> kShift;
+    if constexpr (kSigned) {
+      return code | (bits_of(value) >> 24 & 0x80u);
+    } else {
+      // A second moment of zero beside a first one would be a step without bounds.
+      const BitsOf<V> one = BitsOf<V>{} + 1u;
+      return code < one ? one : code;
+    }
+  }
+
+  // `code` is the byte, extended by its sign where there is one.
+  template <class V>
+  static HOST_DEVICE V decode(BitsOf<V> code, float largest) {
+    const V relative = from_bits<V>((code << kShift & kBits << kShift) | kBase);
+    const V value = relative * largest - kOffset * largest;
+    return kSigned ? from_bits<V>(bits_of(value) | (code & 0x80000000u)) : value;
   }
 };
 

@@ -59,6 +59,20 @@ struct Lerp {
   }
 };
 
+// v <- beta2 * v + (1 - beta2) * g^2
+template <class T>
+struct SecondMoment {
+  T decay, weight;
+
+  HOST_DEVICE explicit SecondMoment(double beta2)
+      : decay(static_cast<T>(beta2)), weight(static_cast<T>(1 - beta2)) {}
+
+  template <class V>
+  HOST_DEVICE V operator()(V moment, V grad) const {
+    return decay * moment + unfused(weight * grad * grad);
+  }
+};
+
 // The value brought into [-limit, limit]; a NaN stays.
 template <class T>
 struct Clamp {
@@ -125,8 +139,9 @@ struct Momentum {
   template <class V>
   HOST_DEVICE void operator()(V& param, V grad, V* slot) const {
     V& buffer = slot[0];
-    buffer = buffer_decay * buffer + gradient_weight * grad;
-    const V update = kNesterov ? undamped_gradient_weight * grad + momentum * buffer : buffer;
+    buffer = buffer_decay * buffer + unfused(gradient_weight * grad);
+    const V update =
+        kNesterov ? undamped_gradient_weight * grad + unfused(momentum * buffer) : buffer;
     param = param - step_size * update;
   }
 };
@@ -146,13 +161,13 @@ struct Adam {
 
   T step_size;
   Lerp<T> average;
-  T beta2, second_weight, inverse_sqrt_correction, eps;
+  SecondMoment<T> average_square;
+  T inverse_sqrt_correction, eps;
 
   HOST_DEVICE Adam(const Hyperparameters& h, const Progress& now)
       : step_size(static_cast<T>(h.lr / (1 - std::pow(h.beta1, now.step)))),
         average(1 - h.beta1),
-        beta2(static_cast<T>(h.beta2)),
-        second_weight(static_cast<T>(1 - h.beta2)),
+        average_square(h.beta2),
         inverse_sqrt_correction(static_cast<T>(1 / std::sqrt(1 - std::pow(h.beta2, now.step)))),
         eps(static_cast<T>(h.eps)) {}
 
@@ -161,7 +176,7 @@ struct Adam {
     V& first_moment = slot[0];
     V& second_moment = slot[1];
     first_moment = average(first_moment, grad);
-    second_moment = beta2 * second_moment + second_weight * grad * grad;
+    second_moment = average_square(second_moment, grad);
     if (kAmsgrad) slot[2] = maximum(slot[2], second_moment);
     const V divisor = kAmsgrad ? slot[2] : second_moment;
     param =
@@ -311,14 +326,13 @@ struct RAdam {
   };
 
   Lerp<T> average;
-  T step_size, beta2, second_weight, eps;
+  T step_size;
+  SecondMoment<T> average_square;
+  T eps;
   bool is_adaptive;
 
   HOST_DEVICE RAdam(const Hyperparameters& h, const Progress& now)
-      : average(1 - h.beta1),
-        beta2(static_cast<T>(h.beta2)),
-        second_weight(static_cast<T>(1 - h.beta2)),
-        eps(static_cast<T>(h.eps)) {
+      : average(1 - h.beta1), average_square(h.beta2), eps(static_cast<T>(h.eps)) {
     const double decay = std::pow(h.beta2, now.step);
     const double longest = 2 / (1 - h.beta2) - 1;
     const double length = longest - 2 * now.step * decay / (1 - decay);
@@ -334,7 +348,7 @@ struct RAdam {
     V& first_moment = slot[0];
     V& second_moment = slot[1];
     first_moment = average(first_moment, grad);
-    second_moment = beta2 * second_moment + second_weight * grad * grad;
+    second_moment = average_square(second_moment, grad);
     V update = step_size * first_moment;
     if (is_adaptive) update = update / (square_root(second_moment) + eps);
     param = param - update;
@@ -356,7 +370,8 @@ struct NAdam {
 
   T gradient_step, moment_step;
   Lerp<T> average;
-  T beta2, second_weight, inverse_sqrt_correction, eps;
+  SecondMoment<T> average_square;
+  T inverse_sqrt_correction, eps;
 
   static HOST_DEVICE double factor(const Hyperparameters& h, double step) {
     return h.beta1 * (1 - 0.5 * std::pow(0.96, step * h.momentum_decay));
@@ -364,8 +379,7 @@ struct NAdam {
 
   HOST_DEVICE NAdam(const Hyperparameters& h, const Progress& now)
       : average(1 - h.beta1),
-        beta2(static_cast<T>(h.beta2)),
-        second_weight(static_cast<T>(1 - h.beta2)),
+        average_square(h.beta2),
         inverse_sqrt_correction(static_cast<T>(1 / std::sqrt(1 - std::pow(h.beta2, now.step)))),
         eps(static_cast<T>(h.eps)) {
     const double next = factor(h, now.step + 1);
@@ -378,7 +392,7 @@ struct NAdam {
     V& first_moment = slot[0];
     V& second_moment = slot[1];
     first_moment = average(first_moment, grad);
-    second_moment = beta2 * second_moment + second_weight * grad * grad;
+    second_moment = average_square(second_moment, grad);
     const V numerator = gradient_step * grad + moment_step * first_moment;
     param = param - numerator / (square_root(second_moment) * inverse_sqrt_correction + eps);
   }
@@ -399,16 +413,16 @@ struct ScheduleFreeAdamW {
     double lr, beta1, beta2, eps, weight_decay, average_weight, step;  // steps of the whole group
   };
 
-  T lr, param_step, average_weight, weight_decay, beta2, second_weight, inverse_sqrt_correction,
-      eps;
+  T lr, param_step, average_weight, weight_decay;
+  SecondMoment<T> average_square;
+  T inverse_sqrt_correction, eps;
 
   HOST_DEVICE ScheduleFreeAdamW(const Hyperparameters& h, const Progress&)
       : lr(static_cast<T>(h.lr)),
         param_step(static_cast<T>(h.lr * (1 - h.beta1 * (1 - h.average_weight)))),
         average_weight(static_cast<T>(h.average_weight)),
         weight_decay(static_cast<T>(h.weight_decay)),
-        beta2(static_cast<T>(h.beta2)),
-        second_weight(static_cast<T>(1 - h.beta2)),
+        average_square(h.beta2),
         inverse_sqrt_correction(static_cast<T>(1 / std::sqrt(1 - std::pow(h.beta2, h.step)))),
         eps(static_cast<T>(h.eps)) {}
 
@@ -416,7 +430,7 @@ struct ScheduleFreeAdamW {
   HOST_DEVICE void operator()(V& param, V grad, V* slot) const {
     V& iterate = slot[0];
     V& second_moment = slot[1];
-    second_moment = beta2 * second_moment + second_weight * grad * grad;
+    second_moment = average_square(second_moment, grad);
     const V direction =
         grad / (square_root(second_moment) * inverse_sqrt_correction + eps) + weight_decay * param;
     param = param + average_weight * (iterate - param) - param_step * direction;
@@ -439,6 +453,9 @@ HOST_DEVICE void update_element(const Rule& rule, T sign, T decay, V& param, V g
 }
 
 // Every rule there is: kernels instantiate this list, and the position in it is the rule's number.
+// First come those whose state may be stored in codes, see core/state_codes.h.
+constexpr int kCodedRules = 6;
+
 template <class T>
 using UpdateRules =
     std::tuple<Sgd<T>, Momentum<T, false>, Momentum<T, true>, Adam<T, false>, Adam<T, true>,

@@ -1,221 +1,394 @@
 #pragma once
 
-// Tiles of parameters and state between the way they are stored and fp32.
+// The update of parameters whose state is not stored in their dtype: what a block of elements is
+// made of is decoded, updated and encoded in registers.
 
 #include <cstdint>
+#include <cstring>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 
+#include "core/rule_table.h"
 #include "core/state_codes.h"
 #include "cpu/optimizer_step.h"
 #include "cpu/random.h"
 
 FASTOPT_BEGIN_NAMESPACE
 
-static_assert(kTile == kElementsOfGroup && kTile % kCodeBlock == 0);
+static_assert(kElementsOfGroup % kTile == 0 && kTile % kCodeBlock == 0);
 
-// What the elements of a tile draw in a step, as core/state_codes.h says.
+// What the elements of a group draw in a step, as core/state_codes.h says.
 struct Draws {
-  alignas(64) uint32_t of_params[kTile];
-  alignas(64) uint32_t of_state[kRandomGroup];
+  alignas(64) uint32_t words[kRandomGroup];
+  alignas(64) uint32_t roundings[2][kRandomGroup];  // of positive and of signed bytes
 
-  void make(const StateCoding& coding, int64_t start, int64_t size) {
-    const int64_t group = start / kElementsOfGroup * kRandomGroup;
-    random_row(coding.seed, coding.number, coding.step, group, group + kRandomGroup, of_state);
-    if (coding.param != ParamCode::kStochastic) return;
-    const int64_t groups = (size + kRandomGroup - 1) / kRandomGroup;
-    random_row(coding.seed + kParamDraws, coding.number, coding.step, start,
-               start + groups * kRandomGroup, of_params);
-  }
-  // Of the i-th elements of the tile, below 2^16. Vectors do not reach beyond a group.
-  template <class V>
-  BitsOf<V> for_param(int64_t i) const {
-    return load_bits<BitsOf<V>>(of_params + i) & 0xFFFFu;
-  }
-  template <class V>
-  BitsOf<V> for_state(int64_t i) const {
-    return load_bits<BitsOf<V>>(of_state + i % kRandomGroup) >> 16;
+  void make(const StateCoding& coding, int64_t group) {
+    const int64_t first = group * kRandomGroup;
+    random_row(coding.seed, coding.number, coding.step, first, first + kRandomGroup, words);
+    for (int64_t i = 0; i < kRandomGroup; ++i) {
+      roundings[0][i] = ByteCode<false>::rounding(state_chance(words[i]));
+      roundings[1][i] = ByteCode<true>::rounding(state_chance(words[i]));
+    }
   }
 };
 
-// fp32 to a bf16 next to it, by a chance below 2^16: the mean is kept.
-template <class V>
-HOST_DEVICE void store_by_chance(BFloat16* target, V value, BitsOf<V> chance) {
-  store_low_halves(target, unless_nan(value, bits_of(value) + chance) >> 16);
+// Of the elements from a place in the group, or in a block, on.
+HOST_DEVICE Bits32 draws_at(const uint32_t* draws, int64_t place) {
+  return load_bits(draws + (place & (kRandomGroup - 1)));
 }
 
-template <class Storage>
-void widen_tile(const Storage* source, int64_t n, float* values) {
-  for_each_lanes<float>(
-      n, [&](int64_t i, auto lanes) { store(values + i, load_as<decltype(lanes)>(source + i)); });
+// The memory of kCodeBlock elements.
+struct CodedBlock {
+  void* operands[kOperands];
+  float* largest[kMaxSlots];
+  uint16_t* remainder;
+  int64_t place;  // in the group
+};
+
+using Lane = Vec<float>;
+
+// State of a block that is to be stored in bytes, once its largest magnitude is known: while the
+// next block is updated, whose divisions leave the processor time for it.
+struct Waiting {
+  uint8_t* data[kMaxSlots];
+  float scale[kMaxSlots];
+  const Draws* draws;
+  alignas(64) float values[kMaxSlots][kCodeBlock];
+};
+
+// Vectors whose bytes store_bytes stores.
+constexpr int kTogether = 4;
+
+// Of a slot, from the i-th element on.
+template <bool kPositive>
+HOST_DEVICE void encode_together(const Waiting& block, int slot, int64_t i) {
+  Bits32 codes[kTogether];
+  FASTOPT_UNROLL
+  for (int k = 0; k < kTogether; ++k, i += Lane::kWidth) {
+    codes[k] =
+        ByteCode<!kPositive>::encode(load_as<Lane>(block.values[slot] + i), block.scale[slot],
+                                     draws_at(block.draws->roundings[!kPositive], i));
+  }
+  store_bytes(block.data[slot] + i - kTogether * Lane::kWidth, codes);
 }
 
-// A slot's elements from `start` on, a multiple of kTile.
-class CodedSlot {
- public:
-  CodedSlot(void* data, SlotCode code, float* largest, bool is_positive, int64_t start, int64_t n)
-      : data_(static_cast<char*>(data) + start * bytes_of(code)),
-        code_(code),
-        largest_(largest + start / kCodeBlock),
-        is_positive_(is_positive),
-        size_(n) {}
+// How a state tensor is loaded and stored in a block.
+template <SlotCode kCode, bool kPositive>
+struct CodedSlot;
 
-  // The elements in fp32: where they lie, or in the buffer.
-  float* decode(float* buffer) const {
-    if (code_ == SlotCode::kFloat32) return reinterpret_cast<float*>(data_);
-    if (code_ == SlotCode::kBFloat16) {
-      widen_tile(reinterpret_cast<const BFloat16*>(data_), size_, buffer);
-    } else if (is_positive_) {
-      decode_blocks<ByteCode<false>>(buffer);
+template <bool kPositive>
+struct CodedSlot<SlotCode::kFloat32, kPositive> {
+  float* data;
+
+  CodedSlot(void* memory, float*) : data(static_cast<float*>(memory)) {}
+  HOST_DEVICE Lane load(int64_t i) const { return load_as<Lane>(data + i); }
+  HOST_DEVICE void store(int64_t i, Lane value, Bits32, float*, Bits32&) const {
+    fastopt::store(data + i, value);
+  }
+};
+
+template <bool kPositive>
+struct CodedSlot<SlotCode::kBFloat16, kPositive> {
+  BFloat16* data;
+
+  CodedSlot(void* memory, float*) : data(static_cast<BFloat16*>(memory)) {}
+  HOST_DEVICE Lane load(int64_t i) const { return load_as<Lane>(data + i); }
+  HOST_DEVICE void store(int64_t i, Lane value, Bits32 word, float*, Bits32&) const {
+    store_high_halves(data + i, near_bits(value, state_chance(word)));
+  }
+};
+
+template <bool kPositive>
+struct CodedSlot<SlotCode::kBlockwise8, kPositive> {
+  using Code = ByteCode<!kPositive>;
+
+  uint8_t* data;
+  float* largest;
+  float before;
+
+  CodedSlot(void* memory, float* of_block)
+      : data(static_cast<uint8_t*>(memory)), largest(of_block), before(*of_block) {}
+  HOST_DEVICE Lane load(int64_t i) const {
+    return Code::template decode<Lane>(load_bytes<!kPositive>(data + i), before);
+  }
+  // As bits, a NaN is larger than an infinity, and that than any number.
+  HOST_DEVICE void store(int64_t i, Lane value, Bits32, float* values, Bits32& most) const {
+    fastopt::store(values + i, value);
+    const Bits32 bits = kPositive ? bits_of(value) : bits_of(magnitude(value));
+    most = bits > most ? bits : most;
+  }
+  void leave(Waiting& block, int slot, Bits32 most) const {
+    const float found = from_bits<float>(largest_lane(most));
+    *largest = found + found * 0;  // NaN of an infinity
+    block.data[slot] = data;
+    block.scale[slot] = Code::scale(*largest);
+  }
+};
+
+// A parameter in a block, with what belongs to it beside its own bits.
+template <class Number, ParamCode kCode>
+struct CodedParam {
+  using Storage = Number;
+
+  Storage* data;
+  uint16_t* remainder;
+
+  HOST_DEVICE Lane load(int64_t i) const {
+    const Lane value = load_as<Lane>(data + i);
+    if constexpr (kCode == ParamCode::kKahan) {
+      return value + load_as<Lane>(reinterpret_cast<const BFloat16*>(remainder + i));
+    } else if constexpr (kCode == ParamCode::kMaster) {
+      return with_master_remainder(value, widened(remainder + i));
     } else {
-      decode_blocks<ByteCode<true>>(buffer);
+      return value;
     }
-    return buffer;
   }
-
-  void encode(const float* values, const Draws& draws) const {
-    if (code_ == SlotCode::kFloat32) return;  // changed in place
-    if (code_ == SlotCode::kBFloat16) {
-      BFloat16* const target = reinterpret_cast<BFloat16*>(data_);
-      for_each_lanes<float>(size_, [&](int64_t i, auto lanes) {
-        using V = decltype(lanes);
-        store_by_chance(target + i, load_as<V>(values + i), draws.for_state<V>(i));
-      });
-    } else if (is_positive_) {
-      encode_blocks<ByteCode<false>>(values, draws);
+  // `place` is that of a neighbour in the group, among the same 64.
+  HOST_DEVICE void store(int64_t i, Lane value, Bits32 word, int64_t place) const {
+    if constexpr (kCode == ParamCode::kRounded) {
+      fastopt::store(data + i, value);
+    } else if constexpr (kCode == ParamCode::kStochastic) {
+      store_high_halves(data + i, near_bits(value, param_chance(word, place)));
     } else {
-      encode_blocks<ByteCode<true>>(values, draws);
-    }
-  }
-
- private:
-  static int64_t bytes_of(SlotCode code) {
-    return code == SlotCode::kFloat32 ? 4 : code == SlotCode::kBFloat16 ? 2 : 1;
-  }
-
-  template <class Code>
-  void decode_blocks(float* values) const {
-    for_each_block([&](const uint8_t* bytes, float& largest, int64_t begin, int64_t n) {
-      const float scale = Code::from_relative(largest);
-      for_each_lanes<float>(n, [&](int64_t i, auto lanes) {
-        using V = decltype(lanes);
-        const V relative = from_bits(Code::decode(load_bytes<BitsOf<V>>(bytes + i)));
-        store(values + begin + i, relative * scale);
-      });
-    });
-  }
-
-  template <class Code>
-  void encode_blocks(const float* values, const Draws& draws) const {
-    for_each_block([&](uint8_t* bytes, float& largest, int64_t begin, int64_t n) {
-      largest = largest_of(values + begin, n);
-      const float scale = Code::to_relative(largest);
-      for_each_lanes<float>(n, [&](int64_t i, auto lanes) {
-        using V = decltype(lanes);
-        const V relative = load_as<V>(values + begin + i) * scale;
-        store_bytes(bytes + i, Code::encode(bits_of(relative), draws.for_state<V>(begin + i)));
-      });
-    });
-  }
-
-  template <class Visitor>
-  void for_each_block(const Visitor& visit) const {
-    for (int64_t begin = 0; begin < size_; begin += kCodeBlock) {
-      const int64_t left = size_ - begin;
-      visit(reinterpret_cast<uint8_t*>(data_) + begin, largest_[begin / kCodeBlock], begin,
-            left < kCodeBlock ? left : kCodeBlock);
-    }
-  }
-
-  // The largest magnitude; a NaN where there is one, or an infinity.
-  static float largest_of(const float* values, int64_t n) {
-    Vec<float> largest{}, nothing{};
-    float rest = 0, nothing_of_rest = 0;
-    for_each_lanes<float>(n, [&](int64_t i, auto lanes) {
-      using V = decltype(lanes);
-      const V value = magnitude(load_as<V>(values + i));
-      if constexpr (sizeof(V) == sizeof(float)) {
-        rest = at_least(value, rest);
-        nothing_of_rest += value * 0;
+      const Bits32 near = near_bits(value);
+      store_high_halves(data + i, near);
+      if constexpr (kCode == ParamCode::kKahan) {
+        store_high_halves(remainder + i, kahan_remainder(value, near));
       } else {
-        largest = at_least(value, largest);
-        nothing = nothing + value * 0.0f;
+        store_low_halves(remainder + i, master_remainder(value, near));
       }
-    });
-    return at_least(largest_lane(largest), rest) + sum_of_lanes(nothing) + nothing_of_rest;
+    }
   }
-
-  char* data_;
-  SlotCode code_;
-  float* largest_;
-  bool is_positive_;
-  int64_t size_;
 };
 
-// A parameter's elements from `start` on with what belongs to them beside their own bits.
-template <class Storage>
-class CodedParam {
- public:
-  CodedParam(void* data, ParamCode code, void* remainder, int64_t start, int64_t n)
-      : data_(static_cast<Storage*>(data) + start),
-        code_(code),
-        remainder_(static_cast<uint16_t*>(remainder) + start),
-        size_(n) {}
+template <class Rule, int kSlot>
+constexpr bool kIsPositive = (kPositiveSlotsOf<Rule> >> kSlot & 1) != 0;
 
-  // The elements in fp32: where they lie, or in the buffer.
-  float* decode(float* buffer) const {
-    if constexpr (std::is_same_v<Storage, float>) return data_;
-    for_each_lanes<float>(size_, [&](int64_t i, auto lanes) {
-      using V = decltype(lanes);
-      V value = load_as<V>(data_ + i);
-      if (code_ == ParamCode::kKahan) {
-        value = value + load_as<V>(reinterpret_cast<const BFloat16*>(remainder_ + i));
-      } else if (code_ == ParamCode::kMaster) {
-        const auto lower = load_halves<BitsOf<V>>(remainder_ + i);
-        value = from_bits(bits_of(value) + (lower ^ 0x8000u) - 0x8000u);  // of either sign
+template <class Rule, SlotCode kSlotCode, class Param, std::size_t... kSlots>
+void update_block(const BoundRule& bound, const CodedBlock& block, const Draws& draws, Waiting& own,
+                  const Waiting& previous, std::index_sequence<kSlots...>) {
+  const Rule rule = *reinterpret_cast<const Rule*>(bound.functor);
+  const float decay = static_cast<float>(bound.decay);
+  const float sign = bound.maximize ? -1 : 1;
+  using Storage = typename Param::Storage;
+  const Param param{static_cast<Storage*>(block.operands[kParam]), block.remainder};
+  const Storage* const grad = static_cast<const Storage*>(block.operands[kGrad]);
+  const std::tuple<CodedSlot<kSlotCode, kIsPositive<Rule, kSlots>>...> slots{
+      {block.operands[kFirstSlot + kSlots], block.largest[kSlots]}...};
+  Bits32 most[kMaxSlots] = {};
+  const int64_t place = block.place;
+  const auto update = [&](auto kind) {
+    for (int64_t first = 0; first < kCodeBlock; first += kTogether * Lane::kWidth) {
+      for (int64_t i = first; i < first + kTogether * Lane::kWidth; i += Lane::kWidth) {
+        Lane p = param.load(i);
+        Lane values[kMaxSlots] = {std::get<kSlots>(slots).load(i)...};
+        const Lane g = load_as<Lane>(grad + i);
+        update_element<decltype(kind)::value>(rule, sign, decay, p, g, values);
+        const Bits32 word = draws_at(draws.words, i);
+        param.store(i, p, word, place + first);
+        (std::get<kSlots>(slots).store(i, values[kSlots], word, own.values[kSlots], most[kSlots]),
+         ...);
       }
-      store(buffer + i, value);
-    });
-    return buffer;
+      if constexpr (kSlotCode == SlotCode::kBlockwise8) {
+        (encode_together<kIsPositive<Rule, kSlots>>(previous, kSlots, first), ...);
+      }
+    }
+  };
+  if (bound.weight_decay == WeightDecay::kL2) {
+    update(std::integral_constant<WeightDecay, WeightDecay::kL2>());
+  } else {
+    update(std::integral_constant<WeightDecay, WeightDecay::kDecoupled>());
+  }
+  if constexpr (kSlotCode == SlotCode::kBlockwise8) {
+    own.draws = &draws;
+    (std::get<kSlots>(slots).leave(own, kSlots, most[kSlots]), ...);
+  }
+}
+
+template <class Rule, SlotCode kSlotCode, std::size_t... kSlots>
+void encode_block(const Waiting& block, std::index_sequence<kSlots...>) {
+  if constexpr (kSlotCode == SlotCode::kBlockwise8) {
+    for (int64_t i = 0; i < kCodeBlock; i += kTogether * Lane::kWidth) {
+      (encode_together<kIsPositive<Rule, kSlots>>(block, kSlots, i), ...);
+    }
+  }
+}
+
+// The update of a block, which leaves its state in `own` and encodes that of the block before; and
+// what encodes the last one.
+struct CodedKernel {
+  void (*update)(const BoundRule&, const CodedBlock&, const Draws&, Waiting& own,
+                 const Waiting& previous);
+  void (*encode)(const Waiting& block);
+};
+
+template <class Rule, SlotCode kSlotCode, class Param>
+constexpr CodedKernel kCodedKernel = {
+    [](const BoundRule& bound, const CodedBlock& block, const Draws& draws, Waiting& own,
+       const Waiting& previous) {
+      update_block<Rule, kSlotCode, Param>(bound, block, draws, own, previous,
+                                           std::make_index_sequence<Rule::kSlots>());
+    },
+    [](const Waiting& block) {
+      encode_block<Rule, kSlotCode>(block, std::make_index_sequence<Rule::kSlots>());
+    }};
+
+template <class Param, SlotCode kSlotCode, std::size_t... kIndices>
+CodedKernel find_kernel(int rule, std::index_sequence<kIndices...>) {
+  static constexpr CodedKernel kKernels[] = {
+      kCodedKernel<RuleAt<float, kIndices>, kSlotCode, Param>...};
+  return kKernels[rule];
+}
+
+template <class Param>
+CodedKernel find_kernel(int rule, SlotCode code) {
+  using Indices = std::make_index_sequence<kCodedRules>;
+  return code == SlotCode::kFloat32    ? find_kernel<Param, SlotCode::kFloat32>(rule, Indices())
+         : code == SlotCode::kBFloat16 ? find_kernel<Param, SlotCode::kBFloat16>(rule, Indices())
+                                       : find_kernel<Param, SlotCode::kBlockwise8>(rule, Indices());
+}
+
+// By what a block holds: fp16 parameters and their gradients are brought to fp32.
+inline CodedKernel find_kernel(int rule, DType dtype, const StateCoding& coding) {
+  const SlotCode code = coding.slots[0];
+  if (dtype != DType::kBFloat16) {
+    return find_kernel<CodedParam<float, ParamCode::kRounded>>(rule, code);
+  }
+  switch (coding.param) {
+    case ParamCode::kStochastic:
+      return find_kernel<CodedParam<BFloat16, ParamCode::kStochastic>>(rule, code);
+    case ParamCode::kKahan:
+      return find_kernel<CodedParam<BFloat16, ParamCode::kKahan>>(rule, code);
+    case ParamCode::kMaster:
+      return find_kernel<CodedParam<BFloat16, ParamCode::kMaster>>(rule, code);
+    case ParamCode::kRounded:
+      break;
+  }
+  return find_kernel<CodedParam<BFloat16, ParamCode::kRounded>>(rule, code);
+}
+
+// The elements of a block that has fewer, or is not of a dtype that update_block knows: brought
+// into a whole one of zeros, and back.
+template <class Storage>
+class BlockCopy {
+ public:
+  using Held = std::conditional_t<std::is_same_v<Storage, Half>, float, Storage>;
+
+  BlockCopy(const CodedBlock& source, const StateCoding& coding, int slots, int64_t n)
+      : source_(source), coding_(coding), slots_(slots), size_(n), block_(source) {
+    for (int k : {kParam, kGrad}) {
+      const Storage* from = static_cast<const Storage*>(source.operands[k]);
+      for (int64_t i = 0; i < n; ++i) fastopt::store(values_[k] + i, fastopt::load(from + i));
+      block_.operands[k] = values_[k];
+    }
+    for (int s = 0; s < slots; ++s) {
+      memcpy(state_[s], source.operands[kFirstSlot + s], n * bytes_of(coding.slots[s]));
+      block_.operands[kFirstSlot + s] = state_[s];
+    }
+    if (source.remainder) memcpy(remainder_, source.remainder, n * sizeof *remainder_);
+    block_.remainder = remainder_;
   }
 
-  void encode(const float* values, const Draws& draws) const {
-    if constexpr (std::is_same_v<Storage, float>) return;  // changed in place
-    for_each_lanes<float>(size_, [&](int64_t i, auto lanes) {
-      using V = decltype(lanes);
-      const V value = load_as<V>(values + i);
-      if constexpr (sizeof(Storage) == sizeof(BFloat16)) {
-        if (code_ == ParamCode::kStochastic) {
-          store_by_chance(reinterpret_cast<BFloat16*>(data_ + i), value, draws.for_param<V>(i));
-          return;
-        }
-        if (code_ == ParamCode::kMaster) {
-          // The nearest, of two equally near ones the larger: the difference fits 16 bits.
-          const auto upper = unless_nan(value, bits_of(value) + 0x8000u) >> 16;
-          store_low_halves(data_ + i, upper);
-          store_low_halves(remainder_ + i, unless_nan(value, bits_of(value)) - (upper << 16));
-          return;
-        }
-      }
-      store(data_ + i, value);
-      if (code_ == ParamCode::kKahan) {
-        store(reinterpret_cast<BFloat16*>(remainder_ + i), value - load_as<V>(data_ + i));
-      }
-    });
+  const CodedBlock& block() const { return block_; }
+
+  void store_back() {
+    Storage* param = static_cast<Storage*>(source_.operands[kParam]);
+    for (int64_t i = 0; i < size_; ++i) {
+      fastopt::store(param + i, fastopt::load(values_[kParam] + i));
+    }
+    for (int s = 0; s < slots_; ++s) {
+      memcpy(source_.operands[kFirstSlot + s], state_[s], size_ * bytes_of(coding_.slots[s]));
+    }
+    if (source_.remainder) memcpy(source_.remainder, remainder_, size_ * sizeof *remainder_);
   }
 
  private:
-  Storage* data_;
-  ParamCode code_;
-  uint16_t* remainder_;
+  const CodedBlock& source_;
+  const StateCoding& coding_;
+  int slots_;
   int64_t size_;
+  CodedBlock block_;
+  alignas(64) Held values_[2][kCodeBlock] = {};
+  alignas(64) float state_[kMaxSlots][kCodeBlock] = {};
+  alignas(64) uint16_t remainder_[kCodeBlock] = {};
 };
 
-// Elements in fp32: where they lie, or in the buffer.
-inline float* widened_tile(float* source, int64_t, float*) { return source; }
+// Updates one tile of a task after the other.
 template <class Storage>
-float* widened_tile(const Storage* source, int64_t n, float* buffer) {
-  widen_tile(source, n, buffer);
-  return buffer;
-}
+class CodedUpdate {
+ public:
+  CodedUpdate(const StepTask& task, const BoundRule& bound)
+      : task_(task),
+        coding_(*task.coding),
+        bound_(bound),
+        slots_(AllRules::kInfo[bound.rule].slots),
+        kernel_(find_kernel(bound.rule, task.dtype, coding_)) {
+    wait_for_nothing();
+  }
+  ~CodedUpdate() { encode_last(); }
+
+  // The elements [start, start + n); `grad` is that of the tile.
+  void update(Storage* grad, int64_t start, int64_t n) {
+    const int64_t group = start / kElementsOfGroup;
+    Draws& draws = draws_[group % 2];
+    if (group != group_) draws.make(coding_, group_ = group);
+    for (int64_t place = 0; place < n; place += kCodeBlock) {
+      const CodedBlock block = block_at(grad + place, start + place);
+      const int64_t size = n - place < kCodeBlock ? n - place : kCodeBlock;
+      if (size == kCodeBlock && !std::is_same_v<Storage, Half>) {
+        update(block, draws);
+      } else {
+        encode_last();
+        BlockCopy<Storage> copy(block, coding_, slots_, size);
+        update(copy.block(), draws);
+        encode_last();
+        copy.store_back();
+      }
+    }
+  }
+
+ private:
+  void update(const CodedBlock& block, const Draws& draws) {
+    kernel_.update(bound_, block, draws, waiting_[own_], waiting_[!own_]);
+    own_ = !own_;
+  }
+
+  void encode_last() {
+    kernel_.encode(waiting_[!own_]);
+    wait_for_nothing();
+  }
+
+  void wait_for_nothing() {
+    Waiting& previous = waiting_[!own_];
+    previous.draws = &draws_[0];
+    for (int s = 0; s < slots_; ++s) previous.data[s] = nowhere_;
+  }
+
+  CodedBlock block_at(Storage* grad, int64_t first) const {
+    CodedBlock block{};
+    block.place = first % kElementsOfGroup;
+    block.operands[kParam] = static_cast<Storage*>(task_.operands[kParam]) + first;
+    block.operands[kGrad] = grad;
+    if (coding_.remainder) block.remainder = static_cast<uint16_t*>(coding_.remainder) + first;
+    for (int s = 0; s < slots_; ++s) {
+      block.operands[kFirstSlot + s] =
+          static_cast<char*>(task_.operands[kFirstSlot + s]) + first * bytes_of(coding_.slots[s]);
+      if (coding_.largest[s]) block.largest[s] = coding_.largest[s] + first / kCodeBlock;
+    }
+    return block;
+  }
+
+  const StepTask& task_;
+  const StateCoding& coding_;
+  const BoundRule& bound_;
+  int slots_;
+  CodedKernel kernel_;
+  int64_t group_ = -1;  // the last one that was drawn for
+  bool own_ = false;    // the one of `waiting_` that the next block fills
+  Waiting waiting_[2] = {};
+  Draws draws_[2] = {};
+  alignas(64) uint8_t nowhere_[kCodeBlock];  // for the block before the first one
+};
 
 FASTOPT_END_NAMESPACE

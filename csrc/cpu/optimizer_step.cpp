@@ -4,6 +4,7 @@
 
 #include "cpu/optimizer_step.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "core/rule_table.h"
@@ -88,9 +89,8 @@ void average_tile(Storage* average, const Storage* param, int64_t n, double weig
 
 // A tile stays in the L1 cache from its first operation to its last: only the first costs memory.
 template <class Storage>
-void run_tile(const StepTask& task, const BoundRule* bound, const Tail& tail, int64_t index) {
+void run_tile(const StepTask& task, const BoundRule* bound, const Tail& tail, int64_t start) {
   OperandTile<Storage> operands[kOperands];
-  const int64_t start = index * kTile;
   Tile<Storage> tile;
   tile.size = task.numel - start < kTile ? task.numel - start : kTile;
   for (int k = 0; k < kOperands; ++k) {
@@ -111,46 +111,34 @@ void run_tile(const StepTask& task, const BoundRule* bound, const Tail& tail, in
   }
 }
 
-// The same through fp32 copies, for what is stored otherwise than in the parameter's dtype.
 template <class Storage>
-void run_coded_tile(const StepTask& task, const BoundRule* bound, const Tail& tail, int64_t index) {
-  const StateCoding& coding = *task.coding;
-  const UpdateRuleInfo& rule = AllRules::kInfo[bound->rule];
-  const int64_t start = index * kTile;
-  alignas(64) float buffers[kOperands][kTile];
-  Tile<float> tile;
-  tile.size = task.numel - start < kTile ? task.numel - start : kTile;
+void run_plain_tiles(const StepTask& task, const BoundRule* bound, const Tail& tail, int64_t begin,
+                     int64_t end) {
+  for (; begin < end; ++begin) run_tile<Storage>(task, bound, tail, begin * kTile);
+}
 
-  const CodedParam<Storage> param(task.operands[kParam], coding.param, coding.remainder, start,
-                                  tile.size);
-  const auto slot = [&](int s) {
-    return CodedSlot(task.operands[kFirstSlot + s], coding.slots[s], coding.largest[s],
-                     rule.positive_slots >> s & 1, start, tile.size);
-  };
-  OperandTile<Storage> operand;
-  Storage* const grad = operand.load_tile(task.operands[kGrad], task.walk, kGrad, start, tile.size);
-  Draws draws;
-  if (coding.draws(rule)) draws.make(coding, start, tile.size);
-  if (tail.changes_gradients()) clip_tile(grad, tile.size, tail);
-  tile.operands[kParam] = param.decode(buffers[kParam]);
-  tile.operands[kGrad] = widened_tile(grad, tile.size, buffers[kGrad]);
-  for (int k = kFirstSlot; k < kFirstSlot + rule.slots; ++k) {
-    tile.operands[k] = slot(k - kFirstSlot).decode(buffers[k]);
-  }
-  apply_bound(*bound, tile);
-  param.encode(tile.operands[kParam], draws);
-  for (int k = kFirstSlot; k < kFirstSlot + rule.slots; ++k) {
-    slot(k - kFirstSlot).encode(tile.operands[k], draws);
-  }
-  if (tail.zero_grad) memset(grad, 0, tile.size * sizeof(Storage));
-  if (tail.zero_grad || tail.changes_gradients()) operand.store_tile();
-  if (task.operands[kAverage]) {
-    OperandTile<Storage> averages;
-    Storage* const average =
-        averages.load_tile(task.operands[kAverage], task.walk, kAverage, start, tile.size);
-    average_tile(average, static_cast<const Storage*>(task.operands[kParam]) + start, tile.size,
-                 tail.average_weight);
-    averages.store_tile();
+// The same for what is stored otherwise than in the parameter's dtype.
+template <class Storage>
+void run_coded_tiles(const StepTask& task, const BoundRule* bound, const Tail& tail, int64_t begin,
+                     int64_t end) {
+  CodedUpdate<Storage> coded(task, *bound);
+  for (; begin < end; ++begin) {
+    const int64_t start = begin * kTile;
+    const int64_t size = task.numel - start < kTile ? task.numel - start : kTile;
+    OperandTile<Storage> operand;
+    Storage* const grad = operand.load_tile(task.operands[kGrad], task.walk, kGrad, start, size);
+    if (tail.changes_gradients()) clip_tile(grad, size, tail);
+    coded.update(grad, start, size);
+    if (tail.zero_grad) memset(grad, 0, size * sizeof(Storage));
+    if (tail.zero_grad || tail.changes_gradients()) operand.store_tile();
+    if (task.operands[kAverage]) {
+      OperandTile<Storage> averages;
+      Storage* const average =
+          averages.load_tile(task.operands[kAverage], task.walk, kAverage, start, size);
+      average_tile(average, static_cast<const Storage*>(task.operands[kParam]) + start, size,
+                   tail.average_weight);
+      averages.store_tile();
+    }
   }
 }
 
@@ -165,26 +153,26 @@ void prefetch_start(const StepTask& task) {
 }
 
 void run_tiles(const StepBatch& batch, int64_t begin, int64_t end) {
-  using RunTile = void (*)(const StepTask&, const BoundRule*, const Tail&, int64_t);
-  static constexpr RunTile kRunTile[kDTypes] = {run_tile<float>, run_tile<double>,
-                                                run_tile<BFloat16>, run_tile<Half>};
+  using Run = void (*)(const StepTask&, const BoundRule*, const Tail&, int64_t, int64_t);
+  static constexpr Run kRunPlain[kDTypes] = {run_plain_tiles<float>, run_plain_tiles<double>,
+                                             run_plain_tiles<BFloat16>, run_plain_tiles<Half>};
   // Parameters in double precision have no coded state.
-  static constexpr RunTile kRunCodedTile[kDTypes] = {
-      run_coded_tile<float>, nullptr, run_coded_tile<BFloat16>, run_coded_tile<Half>};
+  static constexpr Run kRunCoded[kDTypes] = {run_coded_tiles<float>, nullptr,
+                                             run_coded_tiles<BFloat16>, run_coded_tiles<Half>};
   int64_t low = 0, high = batch.task_count;  // the last task that starts at or before `begin`
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     (batch.tasks[middle].first_tile <= begin ? low : high) = middle;
   }
   for (const StepTask* task = batch.tasks + low; begin < end; ++task) {
-    const int64_t tiles = tiles_of(task->numel);
+    const int64_t last = std::min(end, task->first_tile + tiles_of(task->numel));
     const BoundRule* bound = task->operands[kGrad] ? batch.rules + task->bound_rule : nullptr;
-    const RunTile run =
-        (bound && task->coding ? kRunCodedTile : kRunTile)[static_cast<int>(task->dtype)];
+    const bool coded = bound && task->coding;
+    const Run run = (coded ? kRunCoded : kRunPlain)[static_cast<int>(task->dtype)];
     if (begin + 1 < end && task + 1 < batch.tasks + batch.task_count) prefetch_start(task[1]);
-    for (; begin < end && begin - task->first_tile < tiles; ++begin) {
-      const int64_t index = begin - task->first_tile;
-      run(*task, bound, batch.tail, index);
+    if (begin < last) {
+      run(*task, bound, batch.tail, begin - task->first_tile, last - task->first_tile);
+      begin = last;
     }
   }
 }

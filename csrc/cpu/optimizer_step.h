@@ -41,12 +41,6 @@ struct StateCoding {
   // Of the random numbers: the key, and what tells parameters and steps apart.
   uint64_t seed;
   int64_t number, step;
-
-  bool draws(const UpdateRuleInfo& rule) const {
-    bool any = param == ParamCode::kStochastic;
-    for (int s = 0; s < rule.slots; ++s) any = any || slots[s] != SlotCode::kFloat32;
-    return any;
-  }
 };
 
 // The update of one parameter.

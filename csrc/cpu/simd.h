@@ -184,15 +184,9 @@ HOST_DEVICE Vec<double> square_root(Vec<double> vector) {
 #endif
 }
 
-// The value as it is rounded: the compiler does not fuse what made it with what uses it.
 template <class T>
 HOST_DEVICE Vec<T> unfused(Vec<T> vector) {
-#if defined(__x86_64__)
-  asm("" : "+x"(vector.value));
-#elif defined(__aarch64__)
-  asm("" : "+w"(vector.value));
-#endif
-  return vector;
+  return {unfused(vector.value)};
 }
 
 // load_as<V>: one value or a vector of them, from storage of any kind. store: the way back.
@@ -330,78 +324,79 @@ struct Lanes<Vec<T>, uint8_t> {
     return result;
   }
 };
-// The bits of fp32 lanes, or of one number.
 HOST_DEVICE Bits32 bits_of(Vec<float> vector) { return (Bits32)vector.value; }
-HOST_DEVICE uint32_t bits_of(float value) { return float_bits(value); }
-HOST_DEVICE Vec<float> from_bits(Bits32 bits) { return {(Vec<float>::Native)bits}; }
-HOST_DEVICE float from_bits(uint32_t bits) { return float_from_bits(bits); }
-template <class V>
-using BitsOf = decltype(bits_of(V()));
 
-template <class Bits>
-HOST_DEVICE Bits load_bits(const uint32_t* source) {
-  Bits bits;
+HOST_DEVICE Bits32 load_bits(const uint32_t* source) {
+  Bits32 bits;
   memcpy(&bits, source, sizeof bits);
   return bits;
 }
 
-// The lower halves, as 16-bit words in memory.
+// The lower and the upper halves, as 16-bit words in memory.
 HOST_DEVICE void store_low_halves(void* target, Bits32 bits) {
+#if defined(__AVX512F__)
+  store_narrowed(target, bits);
+#else
   store_narrowed(target, bits & 0xFFFFu);
-}
-HOST_DEVICE void store_low_halves(void* target, uint32_t bits) {
-  const uint16_t half = static_cast<uint16_t>(bits);
-  memcpy(target, &half, sizeof half);
-}
-template <class Bits>
-HOST_DEVICE Bits load_halves(const void* source) {
-  if constexpr (sizeof(Bits) == sizeof(uint32_t)) {
-    uint16_t half;
-    memcpy(&half, source, sizeof half);
-    return half;
-  } else {
-    return widened(source);
-  }
-}
-
-// `bits`, or those of a quiet NaN where the number is a NaN.
-HOST_DEVICE Bits32 unless_nan(Vec<float> vector, Bits32 bits) {
-  return vector.value != vector.value ? (Bits32)vector.value | 0x00400000u : bits;
-}
-HOST_DEVICE uint32_t unless_nan(float value, uint32_t bits) {
-  return value != value ? float_bits(value) | 0x00400000u : bits;
-}
-
-// Bytes to 32 bits and back; the upper bits are zero.
-template <class Bits>
-HOST_DEVICE Bits load_bytes(const uint8_t* source) {
-  if constexpr (sizeof(Bits) == sizeof(uint32_t)) {
-    return *source;
-  } else {
-#if defined(__AVX512F__)
-    return (Bits)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)source));
-#elif defined(__AVX2__)
-    return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)source));
-#else
-    Bits bits;
-    for (int i = 0; i < kFloatLanes; ++i) bits[i] = source[i];
-    return bits;
 #endif
-  }
 }
-HOST_DEVICE void store_bytes(uint8_t* target, uint32_t bits) {
-  *target = static_cast<uint8_t>(bits);
-}
-HOST_DEVICE void store_bytes(uint8_t* target, Bits32 bits) {
+HOST_DEVICE void store_high_halves(void* target, Bits32 bits) {
 #if defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)target, _mm512_cvtepi32_epi8((__m512i)bits));
-#elif defined(__AVX2__)
-  const __m256i words = (__m256i)bits;
-  const __m128i halves =
-      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storel_epi64((__m128i*)target, _mm_packus_epi16(halves, halves));
+  // Words 1, 3, 5, ...: one instruction, where a shift and a conversion are three.
+  static constexpr uint16_t kOdd[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const __m512i upper = _mm512_permutexvar_epi16(_mm512_loadu_si512(kOdd), (__m512i)bits);
+  _mm256_storeu_si256((__m256i*)target, _mm512_castsi512_si256(upper));
 #else
-  for (int i = 0; i < kFloatLanes; ++i) target[i] = static_cast<uint8_t>(bits[i]);
+  store_narrowed(target, bits >> 16);
+#endif
+}
+
+HOST_DEVICE Bits32 unless_nan(Vec<float> vector, Bits32 bits) {
+#if defined(__AVX512F__)
+  const __m512i quiet_for_nan = _mm512_set1_epi32(0x22);  // as the instruction's tables go
+  return (Bits32)_mm512_fixupimm_ps((__m512)bits, (__m512)vector.value, quiet_for_nan, 0);
+#else
+  return vector.value != vector.value ? (Bits32)vector.value | 0x00400000u : bits;
+#endif
+}
+
+// Bytes to 32 bits, extended by their sign or by zeros.
+template <bool kSigned>
+HOST_DEVICE Bits32 load_bytes(const uint8_t* source) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)source);
+  return (Bits32)(kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64((const __m128i*)source);
+  return (Bits32)(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+  Bits32 bits;
+  for (int i = 0; i < kFloatLanes; ++i) {
+    bits[i] = kSigned ? static_cast<uint32_t>(static_cast<int8_t>(source[i])) : source[i];
+  }
+  return bits;
+#endif
+}
+// The lowest bytes of four vectors, of which no other is to be set.
+HOST_DEVICE void store_bytes(uint8_t* target, const Bits32 (&bits)[4]) {
+#if defined(__AVX512F__)
+  const __m512i pairs[2] = {_mm512_packus_epi32((__m512i)bits[0], (__m512i)bits[1]),
+                            _mm512_packus_epi32((__m512i)bits[2], (__m512i)bits[3])};
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_packus_epi16(pairs[0], pairs[1]);
+  _mm512_storeu_si512(target, _mm512_maskz_permutexvar_epi32(0xFFFF, order, bytes));
+#elif defined(__AVX2__)
+  const __m256i pairs[2] = {_mm256_packus_epi32((__m256i)bits[0], (__m256i)bits[1]),
+                            _mm256_packus_epi32((__m256i)bits[2], (__m256i)bits[3])};
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_packus_epi16(pairs[0], pairs[1]);
+  _mm256_storeu_si256((__m256i*)target, _mm256_permutevar8x32_epi32(bytes, order));
+#else
+  for (int k = 0; k < 4; ++k) {
+    for (int i = 0; i < kFloatLanes; ++i) {
+      target[k * kFloatLanes + i] = static_cast<uint8_t>(bits[k][i]);
+    }
+  }
 #endif
 }
 
@@ -439,6 +434,9 @@ template <class T>
 HOST_DEVICE T largest_lane(Vec<T> vector) {
   return joined_lanes<T, Vec<T>::kWidth>(vector.value,
                                          [](auto a, auto b) { return b > a ? b : a; });
+}
+HOST_DEVICE uint32_t largest_lane(Bits32 bits) {
+  return joined_lanes<uint32_t, kFloatLanes>(bits, [](auto a, auto b) { return b > a ? b : a; });
 }
 
 // Calls body(i, V()) for all i in [0, n): with V a vector while one fits, then with V = T.

@@ -239,18 +239,19 @@ class ByteCode(NamedTuple):
     Attributes:
         shift: Bits of fp32 that are cut off: what is left has three bits of mantissa beside a sign,
             or four for state that is never negative.
-        top: The largest code without its sign.
-        largest: What it stands for.
+        bits: Those of a code without its sign.
     """
 
     shift: int
-    top: int
-    largest: float
+    bits: int
 
 
-SIGNED, POSITIVE = ByteCode(20, 127, 0.9375), ByteCode(19, 255, 0.96875)
-BASE = 111 << 23  # the bits of 2^-16
+# Added before and taken away after: it makes of the smallest codes equal steps from zero on.
+OFFSET = 2.0**-15
+SIGNED, POSITIVE = ByteCode(20, 127), ByteCode(19, 255)
+BASE = 112 << 23  # the bits of OFFSET
 HALF = 1 << 15  # a chance that rounds to the nearest
+GOLDEN_TURN = 40503  # of 2^16
 
 
 def _blocks(values: Tensor) -> Tensor:
@@ -271,27 +272,25 @@ def encode_blocks(
     code = POSITIVE if positive else SIGNED
     blocks = _blocks(values.float())
     largest = blocks.abs().amax(1) + (blocks * 0).sum(1)  # a NaN for a NaN or an infinity
-    scale = torch.where(largest < SMALLEST, 0, code.largest / largest).unsqueeze(1)
-    relative = (blocks * scale).reshape(-1)[: values.numel()]
-    magnitude = relative.view(torch.int32).long() & 0x7FFFFFFF
-    steps = (magnitude + (chance << code.shift - 16) - BASE) >> code.shift
-    codes = steps.clamp(0, code.top)
+    scale = torch.where(largest < SMALLEST, 0, 1 / largest).unsqueeze(1)
+    relative = (blocks.abs() * scale + OFFSET).reshape(-1)[: values.numel()]
+    steps = (relative.view(torch.int32).long() + (chance << code.shift - 16) - BASE) >> code.shift
+    codes = steps & code.bits  # but for a block with a NaN there is nothing beyond
     if positive:  # a second moment of zero beside a first one would be a step without bounds
-        codes = codes.maximum((magnitude > 0).long())
+        codes = codes.clamp(min=1)
     else:
-        codes = codes | torch.signbit(relative).long() << 7
+        codes = codes | torch.signbit(values).long() << 7
     return codes.to(torch.uint8), largest
 
 
 def decode_blocks(bytes_: Tensor, largest: Tensor, positive: bool) -> Tensor:
     """The way back: fp32 ``[elements]``."""
     code = POSITIVE if positive else SIGNED
-    steps = bytes_.to(torch.int32) & code.top
-    relative = torch.where(steps == 0, 0, (steps << code.shift) + BASE).to(torch.int32)
-    values = relative.view(torch.float32)
+    steps = bytes_.to(torch.int32) & code.bits
+    values = ((steps << code.shift) + BASE).view(torch.float32) - OFFSET
     if not positive:
-        values = torch.where(bytes_ > code.top, -values, values)
-    return (_blocks(values) * (largest / code.largest).unsqueeze(1)).reshape(-1)[: bytes_.numel()]
+        values = torch.where(bytes_ > code.bits, -values, values)
+    return (_blocks(values) * largest.unsqueeze(1)).reshape(-1)[: bytes_.numel()]
 
 
 def bf16_by_chance(values: Tensor, chance: Tensor) -> Tensor:
@@ -313,15 +312,17 @@ def with_remainder(param: Tensor, code: ParamCode, remainder: Tensor | None) -> 
 
 def split(values: Tensor, code: ParamCode) -> tuple[Tensor, Tensor]:
     """A bf16 parameter and its remainder from fp32."""
+    param = _nearest_bf16(values)
     if code is ParamCode.KAHAN:
-        param = values.bfloat16()
-        return param, (values - param.float()).bfloat16()
-    bits = values.view(torch.int32).long()
-    upper = (bits + 0x8000) >> 16
-    lower = (bits - (upper << 16)).to(torch.int16)
-    # 0xFFFF8000 and above would carry into the sign: NaN.
-    upper = torch.where(values.isnan(), (bits | 0x400000) >> 16, upper).to(torch.int16)
-    return upper.view(torch.bfloat16), torch.where(values.isnan(), 0, lower).to(torch.int16)
+        return param, _nearest_bf16(values - param.float())
+    upper = param.view(torch.int16).long() << 16
+    lower = (values.view(torch.int32).long() - upper).to(torch.int16)
+    return param, torch.where(values.isnan(), 0, lower).to(torch.int16)
+
+
+def _nearest_bf16(values: Tensor) -> Tensor:
+    """Of two equally near ones the one with the larger magnitude."""
+    return bf16_by_chance(values, torch.tensor(HALF))
 
 
 def read(param: Tensor, slots: Sequence[Tensor], coded: CodedState, rule: str) -> list[Tensor]:
@@ -373,18 +374,18 @@ def write(
 
 def state_chances(seed: int, number: int, step: int, count: int) -> Tensor:
     """What rounds the state of a parameter in a step: numbers below 2^16, int64 ``[count]``."""
-    groups = -(-count // 512)
-    words = _random_words(seed, number, step, groups * 64)[: groups * 64] >> 16
-    return words.view(-1, 1, 64).expand(-1, 8, -1).reshape(-1)[:count]
+    return (_random_words(seed, number, step, count) >> 16).reshape(-1)[:count]
 
 
 def param_chances(seed: int, number: int, step: int, count: int) -> Tensor:
-    """The same for the parameter itself."""
-    return _random_words(seed + 1, number, step, count)[:count] & 0xFFFF
+    """The same for the parameter: those that share a word turn it by the golden section."""
+    turns = torch.arange(64, device="cpu").view(64, 1) * GOLDEN_TURN
+    words = _random_words(seed, number, step, count) + turns
+    return (words & 0xFFFF).reshape(-1)[:count]
 
 
 def _random_words(seed: int, number: int, step: int, count: int) -> Tensor:
-    """Philox numbers of 32 bits, as many as asked for or up to 63 more."""
-    words = torch.empty(1, max(-(-count // 64), 1) * 64, dtype=torch.int32, device="cpu")
+    """Philox numbers of 32 bits: 4096 elements share 64, ``[groups, 64, 64]``."""
+    words = torch.empty(1, max(-(-count // 4096), 1) * 64, dtype=torch.int32, device="cpu")
     _native_cpu.random_words(seed, number, step, words)
-    return words[0].long() & 0xFFFFFFFF
+    return (words[0].long() & 0xFFFFFFFF).view(-1, 1, 64).expand(-1, 64, -1)
