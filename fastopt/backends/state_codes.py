@@ -276,10 +276,8 @@ def encode_blocks(
     relative = (blocks.abs() * scale + OFFSET).reshape(-1)[: values.numel()]
     steps = (relative.view(torch.int32).long() + (chance << code.shift - 16) - BASE) >> code.shift
     codes = steps & code.bits  # but for a block with a NaN there is nothing beyond
-    if positive:  # a second moment of zero beside a first one would be a step without bounds
-        codes = codes.clamp(min=1)
-    else:
-        codes = codes | torch.signbit(values).long() << 7
+    # A second moment of zero beside a first one would be a step without bounds.
+    codes = codes.clamp(min=1) if positive else codes | torch.signbit(values).long() << 7
     return codes.to(torch.uint8), largest
 
 
