@@ -38,7 +38,8 @@ def main() -> None:
             parser.error(str(error))
         cases = run.run_processes(arguments.only, arguments.processes, arguments.quick)
         if arguments.output:
-            merged = results.Result(machine=kept["machine"], cases={**kept["cases"], **cases})
+            merged = kept.copy()
+            merged["cases"] = {**kept["cases"], **cases}
             results.save(merged, arguments.output)
         print(report.text(results.Result(machine=kept["machine"], cases=cases)))
 

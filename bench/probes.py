@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +16,8 @@ from bench.timing import OURS, Contender
 from fastopt import _native_cpu
 
 ROOT = Path(__file__).parent.parent
+
+Result = TypeVar("Result")
 
 # A growth below this is not told from what allocators and libraries take for themselves.
 LEAST_GROWTH = 4 * 1024 * 1024
@@ -52,11 +57,18 @@ def memory_growth(small: Contender, contender: Contender) -> int:
     """
     small.call()
     contender.prepare()
+    growth, _ = growth_of(contender.call)
+    return growth
+
+
+def growth_of(function: Callable[[], Result]) -> tuple[int, Result]:
+    """Bytes that a call adds to the resident memory at its highest, and what it returns."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is the present again
     before = _resident("VmRSS")
-    contender.call()
-    return _resident("VmHWM") - before
+    result = function()
+    return _resident("VmHWM") - before, result
 
 
 def _resident(field: str) -> int:

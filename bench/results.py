@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from typing_extensions import NotRequired
 
 import fastopt
 from fastopt import _native_cpu
@@ -37,11 +38,27 @@ class Measured(TypedDict):
     processes: list[Process]
 
 
+class Training(TypedDict):
+    """What ``bench.training`` measured.
+
+    ``losses`` has, by program, for each seed the loss of each way to store parameters and state;
+    ``memory`` the peak of each way to train a model of so many ``parameters``, in bytes.
+    """
+
+    fastopt: str
+    commit: str
+    date: str
+    losses: dict[str, list[dict[str, float]]]
+    memory: dict[str, int]
+    parameters: int
+
+
 class Result(TypedDict):
     """A file: rows by name."""
 
     machine: dict[str, Any]
     cases: dict[str, Measured]
+    training: NotRequired[Training]
 
 
 class OtherMachineError(Exception):
@@ -63,7 +80,8 @@ def upgraded(content: dict[str, Any]) -> Result:
             processes = [Process(timings=timings, figures={}) for timings in measured]
             measured = {**provenance, "processes": processes}
         cases[name] = measured
-    return Result(machine=machine, cases=cases)
+    result: Result = {**content, "machine": machine, "cases": cases}  # type: ignore[typeddict-item]
+    return result
 
 
 def to_extend(path: Path | None) -> Result:

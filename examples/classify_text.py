@@ -169,8 +169,8 @@ class TextClassifier(nn.Module):
 
     def embed(self, pieces: Tensor) -> Tensor:
         count = pieces.ne(PADDING_ID).sum(2, keepdim=True).clamp(min=1)
-        vectors: Tensor = self.embedding(pieces).sum(2) * count.rsqrt()
-        return vectors
+        summed: Tensor = self.embedding(pieces).sum(2)
+        return summed * count.rsqrt().to(summed.dtype)
 
 
 def words_of(text: str) -> list[str]:
