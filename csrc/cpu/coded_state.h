@@ -54,7 +54,7 @@ struct Waiting {
   uint8_t* data[kMaxSlots];
   float scale[kMaxSlots];
   const Draws* draws;
-  alignas(64) float values[kMaxSlots][kCodeBlock];
+  float* values[kMaxSlots];  // [kCodeBlock] each
 };
 
 // Vectors whose bytes store_bytes stores.
@@ -162,6 +162,17 @@ struct CodedParam {
   }
 };
 
+// Fetches what a few blocks later will be needed: among so much arithmetic the processor does not
+// look far enough ahead. Beyond the end there is nothing to fetch, and no harm.
+template <class Storage>
+HOST_DEVICE void prefetch_together(const Storage* data) {
+  constexpr int64_t kAhead = 4 * kCodeBlock, kLine = 64 / sizeof(Storage);
+  FASTOPT_UNROLL
+  for (int64_t i = 0; i < kTogether * Lane::kWidth; i += kLine) {
+    __builtin_prefetch(data + kAhead + i);
+  }
+}
+
 template <class Rule, int kSlot>
 constexpr bool kIsPositive = (kPositiveSlotsOf<Rule> >> kSlot & 1) != 0;
 
@@ -180,6 +191,10 @@ void update_block(const BoundRule& bound, const CodedBlock& block, const Draws& 
   const int64_t place = block.place;
   const auto update = [&](auto kind) {
     for (int64_t first = 0; first < kCodeBlock; first += kTogether * Lane::kWidth) {
+      prefetch_together(param.data + first);
+      if (param.remainder) prefetch_together(param.remainder + first);
+      prefetch_together(grad + first);
+      (prefetch_together(std::get<kSlots>(slots).data + first), ...);
       for (int64_t i = first; i < first + kTogether * Lane::kWidth; i += Lane::kWidth) {
         Lane p = param.load(i);
         Lane values[kMaxSlots] = {std::get<kSlots>(slots).load(i)...};
@@ -324,6 +339,9 @@ class CodedUpdate {
         bound_(bound),
         slots_(AllRules::kInfo[bound.rule].slots),
         kernel_(find_kernel(bound.rule, task.dtype, coding_)) {
+    for (int k : {0, 1}) {
+      for (int s = 0; s < kMaxSlots; ++s) waiting_[k].values[s] = values_[s][k];
+    }
     wait_for_nothing();
   }
   ~CodedUpdate() { encode_last(); }
@@ -386,7 +404,10 @@ class CodedUpdate {
   CodedKernel kernel_;
   int64_t group_ = -1;  // the last one that was drawn for
   bool own_ = false;    // the one of `waiting_` that the next block fills
-  Waiting waiting_[2] = {};
+  Waiting waiting_[2];
+  // Those of two slots are 4 KB: were a load's address the same as a recent store's but for
+  // multiples of that, the processor would let it wait.
+  alignas(4096) float values_[kMaxSlots][2][kCodeBlock] = {};
   Draws draws_[2] = {};
   alignas(64) uint8_t nowhere_[kCodeBlock];  // for the block before the first one
 };
