@@ -38,6 +38,7 @@ class OptimizerCase(Case):
         shapes: The parameters.
         options: Keyword arguments of both classes.
         tail: Our options of what surrounds the step; stock's calls do the same.
+        storage: Our options of how state is stored, and parameters; stock's are in their dtype.
         dtype: Of parameters, gradients and state.
         bytes_per_element: What a step has to read and write at least.
         transposed: The parameters are transposed views, the gradients contiguous.
@@ -51,6 +52,7 @@ class OptimizerCase(Case):
     shapes: Shapes
     options: dict[str, Any] = field(default_factory=dict)
     tail: dict[str, Any] = field(default_factory=dict)
+    storage: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     bytes_per_element: int = 28
     transposed: bool = False
@@ -63,8 +65,28 @@ class OptimizerCase(Case):
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
 
+OWN_FP32 = "fastopt fp32"
+
+
 def _fused(ratio: float) -> tuple[Bar, ...]:
     return (Bar("torch fused", ratio),)
+
+
+def _stored(
+    name: str, bytes_per_element: int, ratio: float, dtype: torch.dtype, **storage: Any
+) -> OptimizerCase:
+    """AdamW with state in fewer bytes, against our own in fp32."""
+    return OptimizerCase(
+        f"AdamW {name}, 16.8M",
+        "AdamW",
+        ((LARGE,),),
+        ADAMW,
+        storage=storage,
+        dtype=dtype,
+        bytes_per_element=bytes_per_element,
+        bars=(Bar(OWN_FP32, ratio),),
+        rounds=40,
+    )
 
 
 OPTIMIZER_CASES = (
@@ -209,7 +231,42 @@ OPTIMIZER_CASES = (
         bars=(Bar("torch foreach", 8.0),),
         rounds=40,
     ),
+    _stored("bf16 moments", 20, 1.25, torch.float32, state_storage="bf16"),
+    _stored("8-bit moments", 16, 1.25, torch.float32, state_storage="8bit"),
+    _stored("bf16 with masters", 26, 1.0, torch.bfloat16, param_precision="master"),
+    _stored(
+        "bf16 with masters, 8-bit moments",
+        14,
+        1.25,
+        torch.bfloat16,
+        param_precision="master",
+        state_storage="8bit",
+    ),
+    _stored(
+        "bf16, Kahan, 8-bit moments",
+        14,
+        1.6,
+        torch.bfloat16,
+        param_precision="kahan",
+        state_storage="8bit",
+    ),
+    _stored(
+        "bf16, stochastic, 8-bit moments",
+        10,
+        1.6,
+        torch.bfloat16,
+        param_precision="stochastic",
+        state_storage="8bit",
+    ),
     OptimizerCase("Lion, 16.8M", "Lion", ((LARGE,),), {"lr": 1e-4}, bytes_per_element=20),
+    OptimizerCase(
+        "Lion 8-bit moment, 16.8M",
+        "Lion",
+        ((LARGE,),),
+        {"lr": 1e-4},
+        storage={"state_storage": "8bit"},
+        bytes_per_element=14,
+    ),
     OptimizerCase("Adagrad, 16.8M", "Adagrad", ((LARGE,),), bytes_per_element=20),
     OptimizerCase("RMSprop, 16.8M", "RMSprop", ((LARGE,),), bytes_per_element=20),
     OptimizerCase("Adamax, 16.8M", "Adamax", ((LARGE,),)),
