@@ -14,7 +14,8 @@ export FASTOPT_HOST_SIM ?= 1
 # The tests that run the kernels, for `make sanitize`.
 KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
 	tests/test_conversions.py tests/test_optimizer_properties.py tests/test_training_tail.py \
-	tests/test_grad_norm.py tests/test_card_optimizers.py tests/test_activations.py \
+	tests/test_grad_norm.py tests/test_card_optimizers.py tests/test_card_state_storage.py \
+	tests/test_activations.py \
 	tests/test_lstm_parity.py tests/test_lstm_properties.py tests/test_lstm_operator.py \
 	tests/test_attention.py tests/test_attention_sequences.py tests/test_card_attention.py \
 	tests/test_card_lstm.py tests/test_cuda_lstm.py tests/test_linear_cross_entropy.py

@@ -64,6 +64,7 @@ CPU_SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/cuda/optimizer_step.cu",
+    "csrc/cuda/coded_step.cu",
     "csrc/cuda/grad_norm.cu",
     "csrc/cuda/attention_forward.cu",
     "csrc/cuda/attention_backward.cu",

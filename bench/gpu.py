@@ -43,11 +43,12 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
     interpreter = {"TRITON_INTERPRET": "1"} if simulate else {}
     build = {"FASTOPT_HOST_SIM": "1"} if simulate else {"FASTOPT_CUDA": "on", **_archs()}
     not_triton = ["-k", "not triton"]
-    parity = _files("card_optimizers", "cuda_device") + not_triton
+    optimizers = ("card_optimizers", "card_state_storage")
+    parity = _files(*optimizers, "cuda_device") + not_triton
     activations = _files("card_attention", "card_lstm", "cuda_lstm") + not_triton
     both = ("attention", "attention_sequences", "linear_cross_entropy")
     shared = _files(*both) + ["-k", "cuda"]
-    triton = _files("card_optimizers", "card_attention", "card_lstm", "triton_lstm", *both)
+    triton = _files(*optimizers, "card_attention", "card_lstm", "triton_lstm", *both)
     triton += ["-k", "triton"]
     result = [
         Stage("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 240, build),
@@ -67,7 +68,8 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
     if simulate:
         return result
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    some = ["tests/test_card_optimizers.py", "-k", "any_layout or norm_types"]
+    some = ["tests/test_card_optimizers.py", "tests/test_card_state_storage.py"]
+    some += ["-k", "any_layout or norm_types or any_dense_layout"]
     kernels = ["tests/test_card_attention.py", "tests/test_cuda_lstm.py", "-k", "each_kernel"]
     for tool, chosen in ("memcheck", some), ("memcheck", kernels), ("racecheck", kernels):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest, *chosen]

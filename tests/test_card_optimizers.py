@@ -379,4 +379,4 @@ def test_what_triton_reads_is_uploaded_where_it_is_new() -> None:
 
 def test_the_self_check_lets_right_kernels_in(backend: str) -> None:
     outcomes = selfcheck.run("optimizer_step", registry.BACKENDS[backend], torch.device(DEVICE))
-    assert len(outcomes) >= 19 and not any(outcome.error for outcome in outcomes)
+    assert len(outcomes) >= 22 and not any(outcome.error for outcome in outcomes)

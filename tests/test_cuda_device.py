@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,6 +81,32 @@ def test_capture_then_eager_steps_then_replay(tail: dict[str, Any]) -> None:
     torch.cuda.synchronize()
     assert_same(ours, theirs)
     assert optimizer.state[ours[0]]["step"].item() == 7
+
+
+@pytest.mark.parametrize("storage", ["8bit", "bf16"])
+def test_each_replay_draws_anew_for_state_rounded_by_chance(storage: str) -> None:
+    results = []
+    for captured in (False, True):
+        params = parameters()
+        optimizer = optim.AdamW(
+            params, lr=0.01, capturable=True, state_storage=storage, min_8bit_size=0,
+            backend="cuda",
+        )  # fmt: skip
+        set_gradients(params, 0)
+        optimizer.step()
+        step: Callable[[], Any] = optimizer.step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            step = graph.replay
+        for seed in range(1, 4):
+            set_gradients(params, seed)
+            step()
+        torch.cuda.synchronize()
+        tensors = [(param.detach(), *optimizer.state[param].values()) for param in params]
+        results.append([tensor for each in tensors for tensor in each])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_new_gradients_each_step_and_moved_parameters() -> None:

@@ -6,13 +6,14 @@ import copy
 import io
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastopt
+from cards import DEVICE, card, over_cards  # noqa: F401
 from fastopt import optim
 from fastopt.backends import state_codes
 from fastopt.backends.state_codes import ParamCode
@@ -45,7 +46,7 @@ def train(optimizer: Any, params: Params, steps: int = 3, seed: int = 1) -> None
     for _ in range(steps):
         for param in params:
             noise = torch.randn(param.shape, generator=generator)
-            param.grad = (noise * 0.1 + 0.02).to(param.dtype)
+            param.grad = (noise * 0.1 + 0.02).to(param.device, param.dtype)
         optimizer.step()
 
 
@@ -68,25 +69,51 @@ def meant(optimizer: Any, param: Tensor, rule: str) -> list[Tensor]:
     return state_codes.read(param.detach(), [state[key] for key in keys], coded, rule)
 
 
-@pytest.mark.parametrize("options", [{}, TAIL], ids=["plain", "tail"])
-@pytest.mark.parametrize(
-    ("dtype", "storage", "precision"),
-    [
+class Case(NamedTuple):
+    """An optimizer, how its state is stored, and what surrounds its step."""
+
+    maker: str
+    dtype: torch.dtype
+    storage: str | None
+    precision: str | None
+    tail: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For pytest."""
+        return "-".join(str(part) for part in (*self[:4], "tail" if self.tail else "plain"))
+
+
+CASES = [
+    Case(maker, *stored, tail)
+    for maker in MAKERS
+    for stored in (
         (torch.float32, "bf16", None),
         (torch.float32, "8bit", None),
         (torch.float16, "8bit", None),
         *itertools.product([torch.bfloat16], STORAGES, PRECISIONS),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("name", MAKERS)
-def test_steps_as_the_reference_does(
-    name: str, dtype: torch.dtype, storage: str | None, precision: str | None, options: Any
-) -> None:
+    )
+    for tail in ({}, TAIL)
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_steps_as_the_reference_does(case: Case) -> None:
+    assert_steps_as_the_reference(case, parameters(case.dtype))
+
+
+@pytest.mark.usefixtures("card")
+@over_cards("case", CASES, sample=15)
+def test_a_card_steps_as_the_reference_does(backend: str, case: Case) -> None:
+    params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in parameters(case.dtype)]
+    assert_steps_as_the_reference(case, params, backend=backend)
+
+
+def assert_steps_as_the_reference(case: Case, params: Params, **more: Any) -> None:
     """From the same state, which two steps have made, with the same random numbers."""
-    params = parameters(dtype)
+    name, dtype, storage, precision, tail = case
     optimizer = MAKERS[name](
-        params, state_storage=storage, param_precision=precision, min_8bit_size=100, **options
+        params, state_storage=storage, param_precision=precision, min_8bit_size=100, **tail, **more
     )
     train(optimizer, params, steps=2)
     copied = copy.deepcopy({"params": params, "optimizer": optimizer})

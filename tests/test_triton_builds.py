@@ -29,6 +29,7 @@ ODD = "odd"
 # strides.
 READ_IN_BOTH_WAYS = (
     "_optimizer_step_kernel",
+    "_coded_step_kernel",
     "_advance_steps_kernel",
     "_grad_norm_kernel",
     "_cross_entropy_kernel",

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <tuple>
 
 #include "bindings/group_rules.h"
@@ -23,40 +24,57 @@ Scalar scalar_of(py::handle value) {
 }  // namespace
 
 CardPlan::CardPlan(py::dict state, py::list groups, int device_type, int device_index,
-                   bool counts_here_on_host, int most_tasks)
+                   bool counts_here_on_host, int most_tasks, int most_coded_tasks)
     : StepPlan(state, groups, {device_type, device_index}, counts_here_on_host) {
-  for (int group = 0; group < static_cast<int>(group_sizes_.size()); ++group) {
-    for (int dtype = 0; dtype < kDTypes; ++dtype) {
-      for (size_t i = 0; i < entries_.size(); ++i) {
-        const Entry& entry = entries_[i];
-        if (entry.service != Service::kServed || entry.group != group ||
-            entry.layout.dtype != static_cast<DType>(dtype)) {
-          continue;
-        }
-        const int task = static_cast<int>(tasks_.size());
-        if (parts_.empty() || parts_.back().group != group ||
-            parts_.back().dtype != entry.layout.dtype || task - parts_.back().begin == most_tasks) {
-          parts_.push_back({group, entry.layout.dtype, task, task, chunks_, chunks_});
-        }
-        tasks_.push_back(i);
-        first_chunks_.push_back(chunks_);
-        chunks_ += chunks_of(entry.numel);
-        parts_.back().end = task + 1;
-        parts_.back().chunk_end = chunks_;
-      }
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (entries_[i].service == Service::kServed) tasks_.push_back(i);
+  }
+  std::stable_sort(tasks_.begin(), tasks_.end(), [&](size_t left, size_t right) {
+    return kind_of(entries_[left]).order() < kind_of(entries_[right]).order();
+  });
+  for (int task = 0; task < static_cast<int>(tasks_.size()); ++task) {
+    const Kind kind = kind_of(entry_of(task));
+    const int most = kind.is_coded() ? most_coded_tasks : most_tasks;
+    if (parts_.empty() || parts_.back().order() != kind.order() ||
+        task - parts_.back().begin == most) {
+      parts_.push_back({kind, task, task, chunks_, chunks_});
     }
+    first_chunks_.push_back(chunks_);
+    chunks_ += chunks_of(entry_of(task).numel);
+    parts_.back().end = task + 1;
+    parts_.back().chunk_end = chunks_;
   }
 }
 
+CardPlan::Kind CardPlan::kind_of(const Entry& entry) {
+  Kind kind{entry.group, entry.layout.dtype, SlotCode::kAsParameter, ParamCode::kRounded};
+  if (!entry.coding) return kind;
+  const std::vector<SlotCode>& slots = entry.coding->slots;
+  kind.slots = slots.empty() ? SlotCode::kFloat32 : slots.front();
+  kind.param = entry.coding->param;
+  if (std::any_of(slots.begin(), slots.end(), [&](SlotCode code) { return code != kind.slots; })) {
+    throw std::invalid_argument("on a card all state of a parameter is stored alike");
+  }
+  return kind;
+}
+
 int64_t CardPlan::table_bytes() const {
-  const auto walks = std::count_if(tasks_.begin(), tasks_.end(),
-                                   [&](size_t i) { return entries_[i].walk != nullptr; });
-  return static_cast<int64_t>(tasks_.size() * sizeof(DeviceTask) + walks * sizeof(Walk));
+  size_t bytes = tasks_.size() * sizeof(DeviceTask);
+  for (size_t i : tasks_) {
+    if (entries_[i].walk) bytes += sizeof(Walk);
+    if (entries_[i].coding) bytes += sizeof(StateCoding);
+  }
+  return static_cast<int64_t>(bytes);
 }
 
 py::bytes CardPlan::table(uintptr_t address) const {
   std::string bytes(static_cast<size_t>(table_bytes()), '\0');
-  size_t walk_place = tasks_.size() * sizeof(DeviceTask);
+  size_t place = tasks_.size() * sizeof(DeviceTask);  // behind the tasks
+  const auto add = [&](const auto& record) {
+    std::memcpy(&bytes[place], &record, sizeof record);
+    place += sizeof record;
+    return reinterpret_cast<decltype(&record)>(address + place - sizeof record);
+  };
   for (size_t t = 0; t < tasks_.size(); ++t) {
     const Entry& entry = entries_[tasks_[t]];
     DeviceTask task = {};
@@ -70,11 +88,8 @@ py::bytes CardPlan::table(uintptr_t address) const {
     task.numel = entry.numel;
     task.first_chunk = first_chunks_[t];
     task.grad_is_dense = entry.grad.is_dense;
-    if (entry.walk) {
-      task.walk = reinterpret_cast<const Walk*>(address + walk_place);
-      std::memcpy(&bytes[walk_place], entry.walk.get(), sizeof(Walk));
-      walk_place += sizeof(Walk);
-    }
+    if (entry.walk) task.walk = add(*entry.walk);
+    if (entry.coding) task.coding = add(entry.coding->at_step(0));
     std::memcpy(&bytes[t * sizeof(DeviceTask)], &task, sizeof task);
   }
   return py::bytes(bytes);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <tuple>
 #include <vector>
 
 #include "bindings/step_plan.h"
@@ -17,9 +18,10 @@ namespace fastopt {
 class CardPlan : public StepPlan {
  public:
   // `device_type` as DLPack numbers it: the host where that plays the card, and there
-  // `counts_here_on_host` says who counts steps. A launch takes `most_tasks` at most.
+  // `counts_here_on_host` says who counts steps. A launch takes `most_tasks` at most, or
+  // `most_coded_tasks` where they are coded.
   CardPlan(pybind11::dict state, pybind11::list groups, int device_type, int device_index,
-           bool counts_here_on_host, int most_tasks);
+           bool counts_here_on_host, int most_tasks, int most_coded_tasks);
 
   // The table for a place in the card's memory, and which one it is: another one is due when this
   // number changes, after a collect() that met a gradient of another layout.
@@ -33,10 +35,18 @@ class CardPlan : public StepPlan {
   int64_t chunk_count() const { return chunks_; }
 
  protected:
-  // Neighbouring tasks of one group and dtype, as many as a launch takes.
-  struct Part {
+  // What the tasks of a launch have in common.
+  struct Kind {
     int group;
     DType dtype;
+    SlotCode slots;  // of all; kAsParameter: nothing is coded
+    ParamCode param;
+
+    bool is_coded() const { return slots != SlotCode::kAsParameter; }
+    auto order() const { return std::make_tuple(group, dtype, slots, param); }
+  };
+  // Neighbouring tasks of one kind, as many as a launch takes.
+  struct Part : Kind {
     int begin, end;
     int64_t first_chunk, chunk_end;
   };
@@ -64,6 +74,7 @@ class CardPlan : public StepPlan {
     Gradients grads;
   };
 
+  static Kind kind_of(const Entry& entry);
   std::vector<Batch> batches_of(const Part& part, const StepRule& rule, const UpdateRuleInfo& info);
   const Entry& entry_of(int task) const { return entries_[tasks_[task]]; }
 

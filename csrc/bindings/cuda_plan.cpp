@@ -12,9 +12,13 @@ using namespace cuda;
 
 CudaPlan::CudaPlan(py::dict state, py::list groups, int device_type, int device_index,
                    bool counts_here_on_host)
-    : CardPlan(state, groups, device_type, device_index, counts_here_on_host, kManyTensors),
+    : CardPlan(state, groups, device_type, device_index, counts_here_on_host, kManyTensors,
+               kCodedTensors),
       device_index_(device_index) {
-  for (const Part& part : parts_) load_kernels(part.dtype, device_index_);
+  for (const Part& part : parts_) {
+    load_kernels(part.dtype, device_index_);
+    if (part.is_coded()) load_coded_kernels(part.dtype, part.slots, device_index_);
+  }
 }
 
 namespace {
@@ -58,7 +62,10 @@ py::list CudaPlan::run(py::tuple rules, py::tuple tail, uintptr_t table, uintptr
       [&](const Part& part, const StepRule& rule, const DeviceTail& tail, const Gradients& grads) {
         const TaskRange range = range_of(part, table, grads.data());
         if (rule.functors) launch_advance_steps(range, rule, tail.found_inf, on);
-        if (part.first_chunk < part.chunk_end) {
+        if (part.first_chunk == part.chunk_end) return;
+        if (part.is_coded()) {
+          launch_coded_step(range, part.slots, rule, tail, on);
+        } else {
           launch_optimizer_step(range, rule, tail, on);
         }
       });

@@ -40,22 +40,6 @@ int OptimizerPlan::bind(BoundGroup& group, const Entry& entry, const Progress& p
   return group.bound[wide];
 }
 
-StateCoding OptimizerPlan::make_coding(const Coding& coding, double step) {
-  StateCoding result{};
-  for (size_t k = 0; k < coding.slots.size(); ++k) {
-    result.slots[k] = coding.slots[k];
-    if (const auto& largest = coding.largest[k]) {
-      result.largest[k] = static_cast<float*>(largest->fingerprint.data());
-    }
-  }
-  result.param = coding.param;
-  if (coding.remainder) result.remainder = coding.remainder->fingerprint.data();
-  result.seed = coding.seed;
-  result.number = coding.number;
-  result.step = static_cast<int64_t>(step);
-  return result;
-}
-
 StepTask OptimizerPlan::make_task(const Entry& entry) const {
   StepTask task{};
   task.operands[kParam] = entry.fingerprint.data();
@@ -103,7 +87,7 @@ py::list OptimizerPlan::run(py::tuple rules, py::tuple surroundings, int threads
       const Progress progress = advance_counters(entry, *group.info, group.hyperparameters);
       task.bound_rule = bind(group, entry, progress);
       if (entry.coding) {
-        codings_.push_back(make_coding(*entry.coding, progress.step));
+        codings_.push_back(entry.coding->at_step(static_cast<int64_t>(progress.step)));
         task.coding = &codings_.back();
       }
       entry.is_new = false;

@@ -36,7 +36,6 @@ class OptimizerPlan : public StepPlan {
   };
 
   int bind(BoundGroup& group, const Entry& entry, const Progress& progress);
-  static StateCoding make_coding(const Coding& coding, double step);
   StepTask make_task(const Entry& entry) const;
 
   std::vector<BoundRule> bound_rules_;

@@ -142,6 +142,20 @@ void StepPlan::add_coding(py::handle record, py::tuple slots, Entry& entry) {
       as_param(remainder, {kahan ? torch_access::kDLBfloat : torch_access::kDLInt, 16, 1}));
 }
 
+StateCoding StepPlan::Coding::at_step(int64_t step) const {
+  StateCoding result{};
+  for (size_t k = 0; k < slots.size(); ++k) {
+    result.slots[k] = slots[k];
+    if (largest[k]) result.largest[k] = static_cast<float*>(largest[k]->fingerprint.data());
+  }
+  result.param = param;
+  if (remainder) result.remainder = remainder->fingerprint.data();
+  result.seed = seed;
+  result.number = number;
+  result.step = step;
+  return result;
+}
+
 void StepPlan::add_entry(py::handle record, int group, int index) {
   auto [param, service, slots, step, product, average, is_new, coding] = py::cast<
       std::tuple<py::object, int, py::tuple, py::object, py::object, py::object, bool, py::object>>(

@@ -76,6 +76,8 @@ class StepPlan {
     std::optional<StateTensor> remainder;
     uint64_t seed;
     int64_t number;
+
+    StateCoding at_step(int64_t step) const;
   };
   struct CounterTensor : StateTensor {
     using StateTensor::StateTensor;

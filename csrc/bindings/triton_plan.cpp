@@ -10,8 +10,8 @@ namespace py = pybind11;
 namespace fastopt {
 
 // What the kernels of one launch read, in words of eight bytes whose places
-// backends/triton/kernels/optimizer_step.py knows, as it knows those of DeviceTask and Walk.
-// Gradient addresses follow it.
+// backends/triton/kernels/optimizer_step.py knows, as it knows those of DeviceTask, Walk and
+// StateCoding. Gradient addresses follow it.
 struct TritonPlan::Record {
   struct Number {
     double value;
@@ -33,13 +33,14 @@ struct TritonPlan::Record {
   unsigned char functor[kFunctorBytes] = {};
 };
 
-static_assert(sizeof(DeviceTask) == 14 * 8 && sizeof(Walk) == (1 + 7 * kMaxDims) * 8,
+static_assert(sizeof(DeviceTask) == 15 * 8 && sizeof(Walk) == (1 + 7 * kMaxDims) * 8 &&
+                  sizeof(StateCoding) == 10 * 8,
               "Triton's kernels know where their words are");
 
 TritonPlan::TritonPlan(py::dict state, py::list groups, int device_type, int device_index,
                        bool counts_here_on_host)
     : CardPlan(state, groups, device_type, device_index, counts_here_on_host,
-               std::numeric_limits<int>::max()) {}
+               std::numeric_limits<int>::max(), std::numeric_limits<int>::max()) {}
 
 TritonPlan::Record TritonPlan::record_of(const Part& part, uintptr_t table) const {
   Record record;
@@ -106,7 +107,8 @@ py::tuple TritonPlan::run(py::tuple rules, py::tuple tail, uintptr_t table, uint
     const UpdateRuleInfo& info = kernels.rules[rule.rule];
     launches.append(py::make_tuple(
         info.name, info.slots, static_cast<int>(part.dtype), add_record(record, grads),
-        rule.functors ? part.end - part.begin : 0, part.chunk_end - part.first_chunk));
+        rule.functors ? part.end - part.begin : 0, part.chunk_end - part.first_chunk,
+        static_cast<int>(part.slots), static_cast<int>(part.param)));
   };
   py::list written = step(rules, tail, functors, kernels.rules, kernels.rule_count, add);
   return py::make_tuple(written, launches);

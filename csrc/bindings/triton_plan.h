@@ -21,8 +21,8 @@ class TritonPlan : public CardPlan {
 
   // Counts the steps of what collect() fetched. Returns the tensors that the launches write and
   // autograd may have saved, and the launches: (rule's name, slots, number of the dtype, place of
-  // the record, tasks, or 0 where the functor is in the record, chunks) each. Arguments are those
-  // of step().
+  // the record, tasks, or 0 where the functor is in the record, chunks, SlotCode, ParamCode) each.
+  // Arguments are those of step().
   pybind11::tuple run(pybind11::tuple rules, pybind11::tuple tail, uintptr_t table,
                       uintptr_t functors);
 

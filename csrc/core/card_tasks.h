@@ -5,6 +5,7 @@
 #include "core/counter.h"
 #include "core/dtypes.h"
 #include "core/operands.h"
+#include "core/state_codes.h"
 #include "core/update_rules.h"
 
 namespace fastopt {
@@ -31,6 +32,7 @@ struct DeviceTask {
   void* operands[kOperands];  // but for the gradient: addresses that stay
   Counter step, product;      // on the device, or without data
   const Walk* walk;           // in the device's memory; nullptr: all dense and alike
+  const StateCoding* coding;  // there too, but for the step; nullptr: nothing is coded
   int64_t numel;
   int64_t first_chunk;  // chunks of the tasks before this one
   bool grad_is_dense;   // whatever the walk says

@@ -37,4 +37,19 @@ HOST_DEVICE double advance(const Counter& counter, double factor, double summand
   return advance_as<float>(counter.data, factor, summand);
 }
 
+// The number that a counter is at.
+HOST_DEVICE double current(const Counter& counter) {
+  switch (counter.dtype) {
+    case DType::kFloat64:
+      return load(static_cast<const double*>(counter.data));
+    case DType::kBFloat16:
+      return load(static_cast<const BFloat16*>(counter.data));
+    case DType::kFloat16:
+      return load(static_cast<const Half*>(counter.data));
+    case DType::kFloat32:
+      break;
+  }
+  return load(static_cast<const float*>(counter.data));
+}
+
 FASTOPT_END_NAMESPACE

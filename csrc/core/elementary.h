@@ -51,6 +51,10 @@ HOST_DEVICE T unfused(T value) {
 #endif
   return value;
 }
+// Rounded once, by a CPU where it has instructions for it.
+HOST_DEVICE float multiply_add(float factor, float other, float summand) {
+  return std::fma(factor, other, summand);
+}
 // The bits of an fp32 number, and the number of them.
 HOST_DEVICE uint32_t bits_of(float value) { return float_bits(value); }
 template <class V>

@@ -32,6 +32,14 @@ HOST_DEVICE void philox(Word (&counter)[4], uint64_t seed) {
   }
 }
 
+struct ScalarWords {
+  static HOST_DEVICE void multiply(uint32_t value, uint32_t factor, uint32_t& high, uint32_t& low) {
+    const uint64_t product = static_cast<uint64_t>(value) * factor;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+  }
+};
+
 // Words of a row come in groups of 64: lane l of a group makes those of its places l, l + 16, l +
 // 32 and l + 48, from counters of lane, row and head.
 constexpr int kRandomLanes = 16, kRandomGroup = 4 * kRandomLanes;

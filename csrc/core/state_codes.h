@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "core/elementary.h"
+#include "core/update_rules.h"
 
 namespace fastopt {
 
@@ -37,6 +38,18 @@ constexpr int64_t kCodeBlock = 256;
 // is summed over a row of a matrix has smaller errors than if each drew for itself.
 constexpr int64_t kElementsOfGroup = 4096;
 constexpr uint32_t kGoldenTurn = 40503;  // of 2^16
+
+// How one parameter and its state are stored where that is not simply in the parameter's dtype. The
+// parameter is dense, and what belongs to it lies as it does.
+struct StateCoding {
+  SlotCode slots[kMaxSlots];
+  float* largest[kMaxSlots];  // kBlockwise8: [blocks]
+  ParamCode param;
+  void* remainder;  // [numel] of 16 bits: kKahan, kMaster
+  // Of the random numbers: the key, and what tells parameters and steps apart.
+  uint64_t seed;
+  int64_t number, step;
+};
 
 }  // namespace fastopt
 
@@ -105,7 +118,7 @@ struct ByteCode {
   // The lowest byte of the result; the others are zero but in a block with a NaN.
   template <class V>
   static HOST_DEVICE BitsOf<V> encode(V value, float scale, BitsOf<V> rounding) {
-    const V relative = (kSigned ? magnitude(value) : value) * scale + kOffset;
+    const V relative = multiply_add(kSigned ? magnitude(value) : value, scale, kOffset);
     const BitsOf<V> code = (bits_of(relative) + rounding) >> kShift;
     if constexpr (kSigned) {
       return code | (bits_of(value) >> 24 & 0x80u);
@@ -120,7 +133,7 @@ struct ByteCode {
   template <class V>
   static HOST_DEVICE V decode(BitsOf<V> code, float largest) {
     const V relative = from_bits<V>((code << kShift & kBits << kShift) | kBase);
-    const V value = relative * largest - kOffset * largest;
+    const V value = multiply_add(relative, largest, -kOffset * largest);
     return kSigned ? from_bits<V>(bits_of(value) | (code & 0x80000000u)) : value;
   }
 };

@@ -31,18 +31,6 @@ struct Tail {
   }
 };
 
-// How one parameter and its state are stored where that is not simply in the parameter's dtype. The
-// parameter is dense, and what belongs to it lies as it does.
-struct StateCoding {
-  SlotCode slots[kMaxSlots];
-  float* largest[kMaxSlots];  // kBlockwise8: [blocks]
-  ParamCode param;
-  void* remainder;  // [numel] of 16 bits: kKahan, kMaster
-  // Of the random numbers: the key, and what tells parameters and steps apart.
-  uint64_t seed;
-  int64_t number, step;
-};
-
 // The update of one parameter.
 struct StepTask {
   void* operands[kOperands];  // [numel] each; no gradient: only the average is updated

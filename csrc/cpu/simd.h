@@ -324,6 +324,9 @@ struct Lanes<Vec<T>, uint8_t> {
     return result;
   }
 };
+HOST_DEVICE Vec<float> multiply_add(Vec<float> factor, float other, float summand) {
+  return factor * other + summand;
+}
 HOST_DEVICE Bits32 bits_of(Vec<float> vector) { return (Bits32)vector.value; }
 
 HOST_DEVICE Bits32 load_bits(const uint32_t* source) {

@@ -243,14 +243,6 @@ struct Kept {
   }
 };
 
-struct ScalarWords {
-  static HOST_DEVICE void multiply(uint32_t value, uint32_t factor, uint32_t& high, uint32_t& low) {
-    const uint64_t product = static_cast<uint64_t>(value) * factor;
-    high = static_cast<uint32_t>(product >> 32);
-    low = static_cast<uint32_t>(product);
-  }
-};
-
 // They may be read after a barrier.
 template <int kThreads, int kQueries, int kKeys>
 __device__ void draw(Kept<kQueries, kKeys>& kept, const AttentionLayer& layer, int64_t head,

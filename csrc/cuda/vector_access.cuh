@@ -22,21 +22,72 @@ struct LaneRange {
   }
 };
 
-template <class Storage>
+// One access of so many bytes.
+template <int kBytes>
+struct Access;
+template <>
+struct Access<16> {
+  using type = uint4;
+};
+template <>
+struct Access<8> {
+  using type = uint2;
+};
+template <>
+struct Access<4> {
+  using type = unsigned;
+};
+
+// Whether kN elements can be accessed at once.
+template <int kN, class Storage>
 __device__ bool is_aligned(const Storage* address) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+  return reinterpret_cast<uintptr_t>(address) % (kN * sizeof(Storage)) == 0;
 }
 
-// kN elements widened to the arithmetic type, in one access where they are all there and aligned.
+// kN elements as they are stored, in one access.
+template <int kN, class Storage>
+__device__ void read_all(const Storage* source, Storage* stored) {
+  using Word = typename Access<kN * sizeof(Storage)>::type;
+  const Word raw = *reinterpret_cast<const Word*>(source);
+  memcpy(stored, &raw, sizeof raw);
+}
+template <int kN, class Storage>
+__device__ void write_all(Storage* target, const Storage* stored) {
+  using Word = typename Access<kN * sizeof(Storage)>::type;
+  Word raw;
+  memcpy(&raw, stored, sizeof raw);
+  *reinterpret_cast<Word*>(target) = raw;
+}
+
+// The same of those that are there, in one access where all are and they are aligned.
+template <int kN, class Storage>
+__device__ void read_lanes(const Storage* source, bool aligned, LaneRange range, Storage* stored) {
+  if (aligned && range.template is_full<kN>()) return read_all<kN>(source, stored);
+#pragma unroll
+  for (int lane = 0; lane < kN; ++lane) {
+    stored[lane] = lane >= range.begin && lane < range.end ? source[lane] : Storage{};
+  }
+}
+template <int kN, class Storage>
+__device__ void write_lanes(Storage* target, bool aligned, LaneRange range, const Storage* stored) {
+  if (aligned && range.template is_full<kN>()) return write_all<kN>(target, stored);
+#pragma unroll
+  for (int lane = 0; lane < kN; ++lane) {
+    if (lane >= range.begin && lane < range.end) target[lane] = stored[lane];
+  }
+}
+
+// The same, widened to the arithmetic type.
 template <int kN, class Storage, class T>
 __device__ void load_lanes(const Storage* source, bool aligned, LaneRange range, T* values) {
-  Storage stored[kN];
-  if (aligned && range.template is_full<kN>() && kN == kLanes<Storage>) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(source);
-    memcpy(stored, &raw, sizeof stored);
+  if constexpr (kN > 1) {
+    if (aligned && range.template is_full<kN>()) {
+      Storage stored[kN];
+      read_all<kN>(source, stored);
 #pragma unroll
-    for (int lane = 0; lane < kN; ++lane) values[lane] = load(stored + lane);
-    return;
+      for (int lane = 0; lane < kN; ++lane) values[lane] = load(stored + lane);
+      return;
+    }
   }
 #pragma unroll
   for (int lane = 0; lane < kN; ++lane) {
@@ -44,17 +95,17 @@ __device__ void load_lanes(const Storage* source, bool aligned, LaneRange range,
   }
 }
 
-// Rounded, and where all lanes are there and aligned in one access.
+// The same, rounded.
 template <int kN, class Storage, class T>
 __device__ void store_lanes(Storage* target, bool aligned, LaneRange range, const T* values) {
-  if (aligned && range.template is_full<kN>() && kN == kLanes<Storage>) {
-    Storage stored[kN];
+  if constexpr (kN > 1) {
+    if (aligned && range.template is_full<kN>()) {
+      Storage stored[kN];
 #pragma unroll
-    for (int lane = 0; lane < kN; ++lane) store(stored + lane, values[lane]);
-    uint4 raw;
-    memcpy(&raw, stored, sizeof raw);
-    *reinterpret_cast<uint4*>(target) = raw;
-    return;
+      for (int lane = 0; lane < kN; ++lane) store(stored + lane, values[lane]);
+      write_all<kN>(target, stored);
+      return;
+    }
   }
 #pragma unroll
   for (int lane = 0; lane < kN; ++lane) {

@@ -51,7 +51,7 @@ class CpuBackend:
             return f"no kernel has the update rule {request.rule!r}"
         if request.group.get("capturable"):
             return "capturable=True is for parameters on an accelerator"
-        return refuse_request(request, "cpu", takes_coding=True)
+        return refuse_request(request, "cpu")
 
     def supports_lstm(self, request: LstmRequest) -> str | None:
         """Plain tensors of one dtype on the CPU, of sizes that fit each other."""

@@ -25,12 +25,8 @@ DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 MAX_DIMS = 64
 
 
-def refuse_request(
-    request: ParameterRequest, device: str, takes_coding: bool = False
-) -> str | None:
+def refuse_request(request: ParameterRequest, device: str) -> str | None:
     """Why kernels of a device type do not step a parameter, or None."""
-    if request.coding is not None and not takes_coding:
-        return "no kernel stores state otherwise than in the parameter's dtype"
     if request.group.get("differentiable"):
         return "differentiable=True has autograd record the step"
     reason = not_plain("the parameter", request.param, device)

@@ -132,6 +132,16 @@ def coding_of(
     return StateCoding((slot,) * slots, code)
 
 
+def native_codes(coding: StateCoding | None, dtype: torch.dtype) -> tuple[SlotCode, ParamCode]:
+    """How a card's kernels are told: all slots alike, AS_PARAMETER where nothing is coded."""
+    if coding is None:
+        return SlotCode.AS_PARAMETER, ParamCode.ROUNDED
+    code = coding.slots[0] if coding.slots else SlotCode.FLOAT32
+    if code is SlotCode.AS_PARAMETER:
+        code = SlotCode.FLOAT32 if dtype is torch.float32 else SlotCode.BFLOAT16
+    return code, coding.param
+
+
 def largest_key(key: str) -> str:
     """The state that has the largest magnitudes of a state tensor's blocks, fp32."""
     return f"{key}_largest"
@@ -273,7 +283,8 @@ def encode_blocks(
     blocks = _blocks(values.float())
     largest = blocks.abs().amax(1) + (blocks * 0).sum(1)  # a NaN for a NaN or an infinity
     scale = torch.where(largest < SMALLEST, 0, 1 / largest).unsqueeze(1)
-    relative = (blocks.abs() * scale + OFFSET).reshape(-1)[: values.numel()]
+    relative = blocks.abs().double() * scale + OFFSET
+    relative = relative.float().reshape(-1)[: values.numel()]  # rounded once, as kernels do
     steps = (relative.view(torch.int32).long() + (chance << code.shift - 16) - BASE) >> code.shift
     codes = steps & code.bits  # but for a block with a NaN there is nothing beyond
     # A second moment of zero beside a first one would be a step without bounds.

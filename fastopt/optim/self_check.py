@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastopt.backends.selfcheck import Outcome, register
+from fastopt.backends.state_codes import STORAGE_OPTIONS
 from fastopt.optim.adagrad import Adagrad
 from fastopt.optim.adam import Adam
 from fastopt.optim.adamax import Adamax
@@ -29,6 +30,10 @@ STEPS = 3
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 TAIL = {"max_grad_norm": 1.0, "zero_grad_after_step": True, "ema_decay": 0.9, "clip_value": 0.4}
+# What stock has not.
+ONLY_OURS = {*TAIL, *STORAGE_OPTIONS}
+# With rates and weights that are powers of two, what is encoded is the reference's to the bit.
+EIGHT_BITS = {"state_storage": "8bit", "min_8bit_size": 0}
 # A larger eps than the default: half precision would lose it.
 CASES: tuple[tuple[str, type[Any], dict[str, Any], torch.dtype], ...] = (
     ("SGD", SGD, {"lr": 0.1, "weight_decay": 0.1}, torch.float32),
@@ -56,6 +61,14 @@ CASES: tuple[tuple[str, type[Any], dict[str, Any], torch.dtype], ...] = (
      torch.float64),
     ("ScheduleFreeAdamW", ScheduleFreeAdamW, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1},
      torch.float32),
+    ("SGD with momentum in 8 bits", SGD, {"lr": 2**-4, "momentum": 0.5, **EIGHT_BITS},
+     torch.float32),
+    ("AdamW in 8 bits, rounded by chance", AdamW,
+     {"lr": 0.01, "betas": (0.0, 0.5), "eps": 1e-3, "param_precision": "stochastic", **EIGHT_BITS},
+     torch.bfloat16),
+    ("Lion with masters", Lion,
+     {"lr": 2**-6, "betas": (0.5, 0.75), "weight_decay": 0.0, "param_precision": "master"},
+     torch.bfloat16),
 )  # fmt: skip
 
 
@@ -78,7 +91,7 @@ def _compare(
     # The same numbers, also where the host plays the card.
     counted_on_host = {name: value for name, value in options.items() if name != "capturable"}
     other: Optimizer
-    if has_stock and stock is not None and not TAIL.keys() & options.keys():
+    if has_stock and stock is not None and not ONLY_OURS & options.keys():
         other = stock(theirs, **counted_on_host, foreach=False)
     else:
         other = cls(theirs, **counted_on_host, backend="reference")

@@ -14,6 +14,7 @@ from fastopt.backends.contract import Created, ParameterRequest, SteppedOptimize
 from fastopt.backends.cpu import MISSING_IN_TORCH
 from fastopt.backends.cuda_context import is_capturing
 from fastopt.backends.plain_tensors import REAL_DTYPES, refuse_request
+from fastopt.backends.state_codes import SlotCode, native_codes
 from fastopt.backends.triton import launch
 
 # Of a program. Each thread has 16 bytes of each operand on their way, and there are registers for
@@ -23,6 +24,8 @@ WARPS = 8
 WIDE_BYTES = 16 * 32 * WARPS
 # Elements at a time where they are not read 16 bytes at a time.
 ELEMENTS = 256
+# Elements at a time whose state is coded: of more, registers would do for one program alone.
+CODED_TILE = 4 * 32 * WARPS
 # Tasks whose steps one program counts.
 TASKS = 128
 
@@ -71,10 +74,11 @@ def refuse(request: ParameterRequest, device: str) -> str | None:
     if request.rule not in RULES:
         return f"no kernel has the update rule {request.rule!r}"
     dtype = request.param.dtype.to_real()
-    if dtype in REAL_DTYPES and not _can_run(
-        request.device, "_optimizer_step_kernel", request.rule, REAL_DTYPES.index(dtype)
-    ):
-        return NOT_LOADED
+    if dtype in REAL_DTYPES:
+        codes = native_codes(request.coding, dtype)
+        kernel = _step_kernel(request.rule, REAL_DTYPES.index(dtype), *codes)
+        if not _can_run(request.device, *kernel):
+            return NOT_LOADED
     return refuse_request(request, device)
 
 
@@ -144,7 +148,7 @@ class TritonPlan(CardPlan):
         if launches:
             self._records.bring(self._native.records())
             self._stream()
-        for rule, slots, dtype, place, tasks, chunks in launches:
+        for rule, slots, dtype, place, tasks, chunks, code, param_code in launches:
             record = self._records.there, place
             functions = launch.kernels("update_rules")
             layout, fold, factor = RULES[rule]
@@ -155,14 +159,17 @@ class TritonPlan(CardPlan):
                 LAYOUT=layout, HYPERPARAMETER_COUNT=_native_cpu.update_rules[rule][1],
                 STORED=tiles["STORED"], BLOCK=TASKS,
             )  # fmt: skip
+            kernel, *variant = _step_kernel(rule, dtype, code, param_code)
+            if code != SlotCode.AS_PARAMETER:
+                tiles = _coded_tiles(rule, dtype, code, param_code)
             self._run(
-                "_optimizer_step_kernel", chunks, (rule, dtype), *record,
+                kernel, chunks, variant, *record,
                 UPDATE=getattr(functions, rule), LAYOUT=layout, SLOTS=slots, **tiles,
             )  # fmt: skip
         return written
 
     def _run(
-        self, kernel: str, programs: int, variant: tuple[Any, ...], *arguments: Any, **options: Any
+        self, kernel: str, programs: int, variant: Sequence[Any], *arguments: Any, **options: Any
     ) -> None:
         """Launches a kernel; ``variant`` is what its constants hang on."""
         if programs == 0:
@@ -191,6 +198,29 @@ def _tiles(dtype: int) -> dict[str, Any]:
         "WIDE": WIDE_BYTES // REAL_DTYPES[dtype].itemsize,
         "ELEMENTS": ELEMENTS,
         "num_warps": WARPS,
+    }
+
+
+def _step_kernel(rule: str, dtype: int, code: int, param_code: int) -> tuple[Any, ...]:
+    """The kernel of a step, and what its constants hang on."""
+    if code == SlotCode.AS_PARAMETER:
+        return "_optimizer_step_kernel", rule, dtype
+    return "_coded_step_kernel", rule, dtype, code, param_code
+
+
+def _coded_tiles(rule: str, dtype: int, code: int, param_code: int) -> dict[str, Any]:
+    """The same of ``_coded_step_kernel``."""
+    return {
+        "POSITIVE": _native_cpu.update_rules[rule][2],
+        "CODE": int(code),
+        "PARAM_CODE": int(param_code),
+        "STORED": launch.kernels("optimizer_step").STORAGE[dtype],
+        "SLOT_STORED": launch.kernels("state_codes").SLOT_TYPES[code],
+        "CHUNK": _native_cpu.chunk,
+        "TILE": CODED_TILE,
+        "ELEMENTS": ELEMENTS,
+        "num_warps": WARPS,
+        "fuses": False,
     }
 
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastopt.backends.triton.kernels.philox import LANES, RANDOM_GROUP, philox
 from fastopt.backends.triton.kernels.precision import as_factor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(float("-inf"))  # the score of a key that is not seen
-
-# Of core/attention_scores.h: a group of 64 keys has its random words from 16 lanes.
-LANES = tl.constexpr(16)
-RANDOM_GROUP = tl.constexpr(64)
 
 
 @triton.jit
@@ -233,28 +230,6 @@ def through_cap(product, gradient, layer):
 
 
 @triton.jit
-def _multiplied(x, FACTOR: tl.constexpr):
-    """High and low word, which are one instruction so."""
-    product = x.to(tl.uint64) * FACTOR
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-
-
-@triton.jit
-def _philox(c0, c1, c2, seed_low, seed_high):
-    """Four words of the counter (c0, c1, c2, 0): core/philox.h."""
-    key0 = seed_low.to(tl.uint32, bitcast=True)
-    key1 = seed_high.to(tl.uint32, bitcast=True)
-    c3 = c0 * 0
-    for _ in tl.static_range(7):
-        high0, low0 = _multiplied(c0, 0xD2511F53)
-        high1, low1 = _multiplied(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0 += 0x9E3779B9
-        key1 += 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
 def kept(
     query, head, first_key, threshold, seed_low, seed_high,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -269,7 +244,7 @@ def kept(
     lane = (tl.arange(0, GROUPS * LANES) + first_key // RANDOM_GROUP * LANES).to(tl.uint32)
     lane = lane[:, None] if TRANSPOSED else lane[None, :]
     row = query.to(tl.uint32)
-    words = _philox(lane, row, (head + query * 0).to(tl.uint32), seed_low, seed_high)
+    words = philox(lane, row, (head + query * 0).to(tl.uint32), seed_low, seed_high)
     limit = threshold.to(tl.uint32, bitcast=True)
     bits = (words[0] >= limit).to(tl.int32)
     for word in tl.static_range(1, 4):

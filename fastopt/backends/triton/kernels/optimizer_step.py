@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastopt.backends.triton.kernels import state_codes as codes
 from fastopt.backends.triton.kernels.precision import rounded, store_rounded
 from fastopt.backends.triton.kernels.update_rules import lerp, lerp_of
 
@@ -49,15 +50,22 @@ FIRST_SLOT = tl.constexpr(3)
 STEP_COUNTER = tl.constexpr(6)  # an address and the number of a dtype
 PRODUCT_COUNTER = tl.constexpr(8)
 WALK = tl.constexpr(10)
-NUMEL = tl.constexpr(11)
-TASK_FIRST_CHUNK = tl.constexpr(12)
-IS_DENSE = tl.constexpr(13)  # a byte, of the gradient
-TASK_WORDS = tl.constexpr(14)
+CODING = tl.constexpr(11)
+NUMEL = tl.constexpr(12)
+TASK_FIRST_CHUNK = tl.constexpr(13)
+IS_DENSE = tl.constexpr(14)  # a byte, of the gradient
+TASK_WORDS = tl.constexpr(15)
 
 # Words of a walk, after its number of dimensions.
 WALK_SIZES = tl.constexpr(1)
 WALK_STRIDES = tl.constexpr(65)
 MAX_DIMS = tl.constexpr(64)
+
+# Words of a coding.
+LARGEST = tl.constexpr(2)
+REMAINDER = tl.constexpr(6)
+SEED = tl.constexpr(7)
+NUMBER = tl.constexpr(8)
 
 # In the place of a gradient's address: nothing is done for its task.
 LEAVE_ALONE = tl.constexpr(1)
@@ -157,9 +165,15 @@ def _aligned(address, STORED: tl.constexpr):
 
 
 @triton.jit
+def _dense(address, element, STORED: tl.constexpr):
+    """Pointers to elements that lie one behind the other."""
+    return address.to(tl.pointer_type(STORED)) + element
+
+
+@triton.jit
 def _at(address, walk, operand, element, STORED: tl.constexpr):
     """Pointers to an operand's elements."""
-    return address.to(tl.pointer_type(STORED)) + _offset(walk, operand, element)
+    return _dense(address, _offset(walk, operand, element), STORED)
 
 
 @triton.jit
@@ -224,6 +238,31 @@ def _loaded(pointers, mask):
 
 
 @triton.jit
+def _updated(functor, tail, param, grad, state, STORED: tl.constexpr, UPDATE: tl.constexpr):
+    """The gradient as it is stored, and the new parameter with the new state behind it."""
+    is_l2, maximize, changes_gradients, zero_grad, decay, scale, clip_value, _, _ = tail
+    scaled = rounded(_clamp(scale * grad, clip_value), STORED).to(grad.dtype)
+    grad = tl.where(changes_gradients, scaled, grad)
+    ascent = tl.where(maximize, -grad, grad)
+    ascent = tl.where(is_l2, ascent + decay * param, ascent)
+    decayed = tl.where(is_l2, param, decay * param)
+    updated = UPDATE(functor, decayed, ascent, state)
+    return tl.where(zero_grad, tl.zeros_like(grad), grad), updated
+
+
+@triton.jit
+def _averaged(tail, average, param):
+    _, _, _, _, _, _, _, moved, copies = tail
+    return tl.where(copies, param, lerp(average, param, moved[0], moved[1]))
+
+
+@triton.jit
+def _writes_gradients(tail):
+    _, _, changes_gradients, zero_grad, _, _, _, _, _ = tail
+    return changes_gradients | zero_grad
+
+
+@triton.jit
 def _step_elements(
     functor, tail, element, step_end, average_end, params, grads, averages, slots,
     UPDATE: tl.constexpr, SLOTS: tl.constexpr,
@@ -233,10 +272,9 @@ def _step_elements(
     In the interpreter, masks that are scalars do not mix with others.
     """
     STORED: tl.constexpr = params.dtype.element_ty
-    is_l2, maximize, changes_gradients, zero_grad, decay, scale, clip_value, moved, copies = tail
     steps = element < step_end
     moves = element < average_end
-    writes_grad = element < tl.where(changes_gradients | zero_grad, step_end, 0)
+    writes_grad = element < tl.where(_writes_gradients(tail), step_end, 0)
     param = _loaded(params, steps | moves)
     grad = _loaded(grads, steps)
     average = _loaded(averages, moves)
@@ -244,20 +282,36 @@ def _step_elements(
     for s in tl.static_range(SLOTS):
         state = state + (_loaded(slots[s], steps),)
 
-    scaled = rounded(_clamp(scale * grad, clip_value), STORED).to(grad.dtype)
-    grad = tl.where(changes_gradients, scaled, grad)
-    ascent = tl.where(maximize, -grad, grad)
-    ascent = tl.where(is_l2, ascent + decay * param, ascent)
-    decayed = tl.where(is_l2, param, decay * param)
-    updated = UPDATE(functor, decayed, ascent, state)
+    grad, updated = _updated(functor, tail, param, grad, state, STORED, UPDATE)
     param = tl.where(steps, rounded(updated[0], STORED).to(param.dtype), param)
-    average = tl.where(copies, param, lerp(average, param, moved[0], moved[1]))
+    average = _averaged(tail, average, param)
 
     store_rounded(params, param, steps)
-    store_rounded(grads, tl.where(zero_grad, tl.zeros_like(grad), grad), writes_grad)
+    store_rounded(grads, grad, writes_grad)
     store_rounded(averages, average, moves)
     for s in tl.static_range(SLOTS):
         store_rounded(slots[s], updated[1 + s], steps)
+
+
+@triton.jit
+def _zero_grad(
+    record_ptr, grad, walk, start, end, STORED: tl.constexpr, ELEMENTS: tl.constexpr
+):  # fmt: skip
+    """Of a step that is skipped."""
+    if tl.load(record_ptr + ZERO_GRAD) != 0:
+        for first in range(start, end, ELEMENTS):
+            element = first + tl.arange(0, ELEMENTS)
+            zeros = tl.zeros([ELEMENTS], STORED)
+            tl.store(_at(grad, walk, GRAD, element, STORED), zeros, mask=element < end)
+
+
+@triton.jit
+def _functor_of(record_ptr, task, STORED: tl.constexpr, LAYOUT: tl.constexpr):
+    """A task's own, or the one in the record."""
+    functors = tl.load(record_ptr + FUNCTORS)
+    own = (record_ptr + FUNCTOR).to(tl.int64)
+    address = tl.where(functors != 0, functors + task * FUNCTOR_BYTES, own)
+    return _functor(_scalars(address, STORED), LAYOUT)
 
 
 @triton.jit(do_not_specialize=["place"])
@@ -281,17 +335,9 @@ def _optimizer_step_kernel(
     has_grad = (grad != 0) & is_there
     moves = is_there & (average != 0) & (tl.load(record_ptr + MOVES_AVERAGES) != 0)
     if is_skipped:
-        if has_grad & (tl.load(record_ptr + ZERO_GRAD) != 0):
-            for first in range(start, end, ELEMENTS):
-                element = first + tl.arange(0, ELEMENTS)
-                zeros = tl.zeros([ELEMENTS], STORED)
-                tl.store(_at(grad, walk, GRAD, element, STORED), zeros, mask=element < end)
+        _zero_grad(record_ptr, grad, walk, start, tl.where(has_grad, end, start), STORED, ELEMENTS)
     elif has_grad | moves:
-        functors = tl.load(record_ptr + FUNCTORS)
-        own = (record_ptr + FUNCTOR).to(tl.int64)
-        address = tl.where(functors != 0, functors + task * FUNCTOR_BYTES, own)
-        functor = _functor(_scalars(address, STORED), LAYOUT)
-
+        functor = _functor_of(record_ptr, task, STORED, LAYOUT)
         addresses = param | grad | average
         for s in tl.static_range(SLOTS):
             addresses |= slots[s]
@@ -316,6 +362,154 @@ def _optimizer_step_kernel(
                 functor, tail, element, tl.where(has_grad, end, 0), tl.where(moves, end, 0),
                 _at(param, walk, PARAM, element, STORED), _at(grad, walk, GRAD, element, STORED),
                 _at(average, walk, AVERAGE, element, STORED), at, UPDATE, SLOTS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _step_of(record_ptr, task_ptr):
+    """The number of a task's step, which the card has counted or the host."""
+    address = tl.load(task_ptr + STEP_COUNTER)
+    is_double = tl.load((task_ptr + STEP_COUNTER + 1).to(tl.pointer_type(tl.int32))) == 1
+    wide = tl.load(
+        address.to(tl.pointer_type(tl.float64)), mask=(address != 0) & is_double, other=0.0
+    )
+    narrow = tl.load(
+        address.to(tl.pointer_type(tl.float32)), mask=(address != 0) & ~is_double, other=0.0
+    )
+    return tl.where(address == 0, _real(record_ptr + STEP), wide + narrow).to(tl.int64)
+
+
+@triton.jit
+def _step_coded_elements(
+    functor, tail, task_ptr, words, first, step_end, average_end, params, grads, averages, slots,
+    remainders, UPDATE: tl.constexpr, POSITIVE: tl.constexpr, CODE: tl.constexpr,
+    PARAM_CODE: tl.constexpr,
+):  # fmt: skip
+    """As ``_step_elements``, of whole blocks that begin with ``first``, as far as they are there.
+
+    POSITIVE has a bit for each slot that is never negative.
+    """
+    STORED: tl.constexpr = params.dtype.element_ty
+    TILE: tl.constexpr = params.shape[0]
+    element = first + tl.arange(0, TILE)
+    steps = element < step_end
+    moves = element < average_end
+    writes_grad = element < tl.where(_writes_gradients(tail), step_end, 0)
+    coding_ptr = tl.load(task_ptr + CODING).to(tl.pointer_type(tl.int64))
+    block = first // codes.CODE_BLOCK + tl.arange(0, TILE // codes.CODE_BLOCK)
+    is_block = block * codes.CODE_BLOCK < step_end
+
+    stored = _loaded(params, steps | moves)
+    grad = _loaded(grads, steps)
+    average = _loaded(averages, moves)
+    param = stored
+    if PARAM_CODE == codes.KAHAN:
+        param = stored + _loaded(remainders, steps)
+    elif PARAM_CODE == codes.MASTER:
+        param = codes.with_master_remainder(stored, tl.load(remainders, mask=steps, other=0))
+    state = ()
+    for s in tl.static_range(len(slots)):
+        if CODE == codes.BLOCKWISE8:
+            largest_ptrs = _dense(tl.load(coding_ptr + LARGEST + s), block, tl.float32)
+            largest = tl.load(largest_ptrs, mask=is_block, other=0.0)
+            code = tl.load(slots[s], mask=steps, other=0)
+            state = state + (codes.decoded(code, largest, (POSITIVE >> s) & 1 == 1),)
+        else:
+            state = state + (_loaded(slots[s], steps),)
+
+    grad, updated = _updated(functor, tail, param, grad, state, STORED, UPDATE)
+    param = updated[0]
+    if PARAM_CODE == codes.STOCHASTIC:
+        nearest = codes.near(param, codes.param_chances(words, first, TILE))
+    elif PARAM_CODE == codes.KAHAN:
+        nearest = codes.near(param, 0x8000)
+        store_rounded(remainders, codes.near(param - nearest, 0x8000), steps)
+    elif PARAM_CODE == codes.MASTER:
+        nearest = codes.near(param, 0x8000)
+        tl.store(remainders, codes.master_remainder(param, nearest), mask=steps)
+    else:
+        nearest = rounded(param, STORED).to(param.dtype)
+    stored = tl.where(steps, nearest, stored)
+    store_rounded(params, stored, steps)
+    store_rounded(grads, grad, writes_grad)
+    store_rounded(averages, _averaged(tail, average, stored), moves)
+    if CODE >= codes.BFLOAT16:
+        chances = codes.state_chances(words, TILE)
+    for s in tl.static_range(len(slots)):
+        if CODE == codes.BLOCKWISE8:
+            largest = codes.largest_of_blocks(updated[1 + s], steps)
+            largest_ptrs = _dense(tl.load(coding_ptr + LARGEST + s), block, tl.float32)
+            tl.store(largest_ptrs, largest, mask=is_block)
+            code = codes.encoded(updated[1 + s], largest, chances, (POSITIVE >> s) & 1 == 1)
+            tl.store(slots[s], code, mask=steps)
+        elif CODE == codes.BFLOAT16:
+            store_rounded(slots[s], codes.near(updated[1 + s], chances), steps)
+        else:
+            tl.store(slots[s], updated[1 + s], mask=steps)
+
+
+@triton.jit(do_not_specialize=["place"])
+def _coded_step_kernel(
+    records_ptr, place, UPDATE: tl.constexpr, LAYOUT: tl.constexpr, SLOTS: tl.constexpr,
+    POSITIVE: tl.constexpr, CODE: tl.constexpr, PARAM_CODE: tl.constexpr, STORED: tl.constexpr,
+    SLOT_STORED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """The same of state that is stored otherwise than in the parameter's dtype.
+
+    The parameter is dense and its state lies as it does; the gradient may lie otherwise.
+    """
+    record_ptr = records_ptr + place
+    is_skipped = _is_skipped(record_ptr)
+    task, task_ptr, grad, start, end = _find_share(record_ptr, CHUNK)
+    walk = tl.load(task_ptr + WALK)
+    param = tl.load(task_ptr + PARAM)
+    average = tl.load(task_ptr + AVERAGE)
+    coding_ptr = tl.load(task_ptr + CODING).to(tl.pointer_type(tl.int64))
+    remainder = tl.load(coding_ptr + REMAINDER)
+    REMAINDER_STORED: tl.constexpr = tl.uint16 if PARAM_CODE == codes.MASTER else tl.bfloat16
+    slots = ()
+    for s in tl.static_range(SLOTS):
+        slots = slots + (tl.load(task_ptr + FIRST_SLOT + s),)
+    tail = _tail(record_ptr, STORED)
+
+    is_there = grad != LEAVE_ALONE
+    has_grad = (grad != 0) & is_there
+    moves = is_there & (average != 0) & (tl.load(record_ptr + MOVES_AVERAGES) != 0)
+    if is_skipped:
+        _zero_grad(record_ptr, grad, walk, start, tl.where(has_grad, end, start), STORED, ELEMENTS)
+    elif has_grad | moves:
+        functor = _functor_of(record_ptr, task, STORED, LAYOUT)
+        group = start // codes.ELEMENTS_OF_GROUP
+        step = _step_of(record_ptr, task_ptr)
+        seed = tl.load(coding_ptr + SEED)
+        words = codes.drawn(seed, tl.load(coding_ptr + NUMBER), step, group)
+        addresses = param | grad | average | remainder
+        for s in tl.static_range(SLOTS):
+            addresses |= slots[s]
+        is_wide = (walk == 0) & (addresses % 16 == 0)
+        wide_end = start + tl.where(is_wide, (end - start) // TILE, 0) * TILE
+        for first in range(start, wide_end, TILE):
+            element = first + tl.arange(0, TILE)
+            at = ()
+            for s in tl.static_range(SLOTS):
+                at = at + (_aligned(slots[s], SLOT_STORED) + element,)
+            _step_coded_elements(
+                functor, tail, task_ptr, words, first, tl.where(has_grad, wide_end, 0),
+                tl.where(moves, wide_end, 0), _aligned(param, STORED) + element,
+                _aligned(grad, STORED) + element, _aligned(average, STORED) + element, at,
+                _aligned(remainder, REMAINDER_STORED) + element, UPDATE, POSITIVE, CODE, PARAM_CODE,
+            )  # fmt: skip
+        for first in range(wide_end, end, ELEMENTS):
+            element = first + tl.arange(0, ELEMENTS)
+            at = ()
+            for s in tl.static_range(SLOTS):
+                at = at + (_dense(slots[s], element, SLOT_STORED),)
+            _step_coded_elements(
+                functor, tail, task_ptr, words, first, tl.where(has_grad, end, 0),
+                tl.where(moves, end, 0), _dense(param, element, STORED),
+                _at(grad, walk, GRAD, element, STORED),
+                _at(average, walk, AVERAGE, element, STORED), at,
+                _dense(remainder, element, REMAINDER_STORED), UPDATE, POSITIVE, CODE, PARAM_CODE,
             )  # fmt: skip
 
 

@@ -27,6 +27,14 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def multiply_add(x, y, summand):
+    """Of fp32, rounded once."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y + summand).to(tl.float32)
+    return tl.fma(x, y, summand)
+
+
+@triton.jit
 def as_factor(x):
     """What was loaded, as an operand of ``tl.dot``."""
     if INTERPRETED and x.dtype == tl.bfloat16:
