@@ -7,6 +7,7 @@ import torch  # noqa: F401
 
 from fastopt import nn, optim
 from fastopt.backends import use_backend
+from fastopt.nn.convert import convert, revert
 from fastopt.ops.explain import explain
 
 try:
@@ -14,4 +15,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "unknown"
 
-__all__ = ["__version__", "explain", "nn", "optim", "use_backend"]
+__all__ = ["__version__", "convert", "explain", "nn", "optim", "revert", "use_backend"]
