@@ -7,6 +7,7 @@ from fastopt.optim.adagrad import Adagrad
 from fastopt.optim.adam import Adam
 from fastopt.optim.adamax import Adamax
 from fastopt.optim.adamw import AdamW
+from fastopt.optim.from_torch import from_torch, to_torch
 from fastopt.optim.fused_optimizer import Options
 from fastopt.optim.gradient_release import GradientRelease
 from fastopt.optim.lion import Lion
@@ -38,9 +39,11 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "ScheduleFreeAdamW",
+    "from_torch",
     "lr_range_test",
     "lr_scheduler",
     "swa_utils",
+    "to_torch",
     "warmup_cosine",
     "warmup_inverse_sqrt",
     "warmup_linear",

@@ -362,6 +362,8 @@ class FusedOptimizer(Optimizer):
 
 _OF_STORAGE = (*STORAGE_OPTIONS, "min_8bit_size", "rounding_seed")
 _KEPT = ({*Options.__annotations__} - {"backend"}) | {"_backend", "_averages_began", "_has_coded"}
+# Of an instance; what else it has is torch's.
+OWN_ATTRIBUTES = _KEPT | {"_plan", "_loading", "_in_average", "grad_norm"}
 
 
 def _options_of(cls: type[FusedOptimizer]) -> dict[str, Any]:
