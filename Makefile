@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INTEGRATIONS := $(VENV)/.integrations
 RESULTS ?= bench/results/local.json
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -20,7 +21,7 @@ KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
 	tests/test_attention.py tests/test_attention_sequences.py tests/test_card_attention.py \
 	tests/test_card_lstm.py tests/test_cuda_lstm.py tests/test_linear_cross_entropy.py
 
-.PHONY: demo test bench gpu lint format sanitize build clean
+.PHONY: demo test test-integrations bench gpu lint format sanitize build clean
 
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -36,7 +37,16 @@ demo: build
 	$(BIN)/python examples/classify_text.py
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/integrations
+
+$(INTEGRATIONS): $(INSTALLED) requirements-integrations.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+		--requirement requirements-integrations.txt --constraint requirements-dev.txt
+	touch $@
+
+# What frameworks would fetch is not there: models are made from configurations, data by the tests.
+test-integrations: build $(INTEGRATIONS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integrations
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,min,iqr,rounds

@@ -1,4 +1,4 @@
-"""The arrows of the design: core <- cpu, cuda <- bindings <- backends <- ops <- optim, nn."""
+"""The arrows of the design: core <- cpu, cuda <- bindings <- backends <- ops <- optim, nn <- integrations."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ PYTHON = {
     "ops": {"ops", "backends"},
     "optim": {"optim", "ops", "backends"},
     "nn": {"nn", "ops", "backends"},
+    "integrations": {"integrations", "nn", "optim", "ops", "backends"},
 }
 
 
