@@ -1,4 +1,4 @@
-"""The arrows of the design: core <- cpu, cuda <- bindings <- backends <- ops <- optim, nn <- integrations."""
+"""The arrows: core <- cpu, cuda <- bindings <- backends <- ops <- optim, nn <- integrations."""
 
 from __future__ import annotations
 
