@@ -32,6 +32,7 @@ from fastopt.backends.planning import (
 from fastopt.backends.state_codes import STORAGE_OPTIONS
 from fastopt.backends.stock import TorchPlan, zero_gradients
 from fastopt.ops.grad_norm import clip_coefficient, refuse_nonfinite
+from fastopt.ops.local_shards import local_of, plan_step
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -225,12 +226,10 @@ class StepPlan:
         try:
             backends = dict.fromkeys(backend for group in chosen for backend in group)
             # Torch's part comes first: it may raise, and no kernel has run then.
-            self._parts = [
-                backend.plan_optimizer_step(
-                    optimizer, [[b is backend for b in group] for group in chosen], self._created
-                )
-                for backend in sorted(backends, key=lambda backend: backend.name != "torch")
-            ]
+            self._parts: list[OptimizerPlan] = []
+            for backend in sorted(backends, key=lambda backend: backend.name != "torch"):
+                marks = [[b is backend for b in group] for group in chosen]
+                self._parts += plan_step(backend, optimizer, marks, self._created)
         except BaseException:
             self._undo(optimizer, list(self._created))
             raise
@@ -327,8 +326,10 @@ def requests(
     keys = (*optimizer._state_keys(group), AVERAGE)
     for param in group["params"]:
         state = optimizer.state.get(param, {})
-        slots = tuple([state[key] for key in keys if isinstance(state.get(key), Tensor)])
-        grad = param.grad if with_gradients else None
+        slots = tuple([local_of(state[key]) for key in keys if isinstance(state.get(key), Tensor)])
+        grad = local_of(param.grad) if with_gradients else None
         step, product = state.get("step"), state.get(PRODUCT)
         coding = optimizer._coding(group, param)
+        if coding is None:  # codes are of whole tensors
+            param = local_of(param)
         yield ParameterRequest(param, grad, slots, step, rule.name, group, product, coding)

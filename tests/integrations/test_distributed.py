@@ -1,0 +1,357 @@
+"""torch.distributed on 2 and 4 processes against one: DDP, FSDP2, meshes, checkpoints."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import fastopt
+from fastopt import optim
+from ranks import run_ranks
+from tolerances import assert_matches
+from training import classifier, data, loss_of
+
+F32 = torch.float32
+STEPS, ROWS = 4, 16
+EPS = 1e-2  # a bias of the keys has a gradient of rounding errors alone, which a small one enlarges
+
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SGD": ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    "AdamW": ("AdamW", {"lr": 0.02, "eps": EPS, "amsgrad": True}),
+    "Adagrad": ("Adagrad", {"lr": 0.05, "eps": EPS}),
+    "RMSprop": ("RMSprop", {"lr": 0.01, "eps": EPS, "centered": True, "momentum": 0.5}),
+    "Adamax": ("Adamax", {"lr": 0.02, "eps": EPS}),
+    "RAdam": ("RAdam", {"lr": 0.02, "eps": EPS}),
+    "NAdam": ("NAdam", {"lr": 0.02, "eps": EPS}),
+}
+
+
+def optimizer_of(name: str, params: Any, of: Any = optim, **options: Any) -> Any:
+    cls, usual = OPTIMIZERS[name]
+    return getattr(of, cls)(params, **usual, **options)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    inputs, classes = data(STEPS * ROWS)
+    rows = slice(step * ROWS, (step + 1) * ROWS)
+    return inputs[rows], classes[rows]
+
+
+def own_rows(step: int) -> tuple[Tensor, Tensor]:
+    """This rank's part of a batch."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    inputs, classes = (tensor.tensor_split(ranks)[rank] for tensor in batch(step))
+    return inputs, classes
+
+
+def train(
+    model: Any,
+    optimizer: Any,
+    rows: Any = batch,
+    clip: float | None = None,
+    steps: range = range(STEPS),
+) -> list[float]:
+    """Losses of the rows given."""
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = loss_of(model, *rows(step))
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def whole(model: Any) -> list[Tensor]:
+    """All parameters as one process has them."""
+    return [
+        (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for param in model.parameters()
+    ]
+
+
+def alone(name: str, clip: float | None = None, steps: range = range(STEPS)) -> list[Tensor]:
+    """Stock's training on one process."""
+    model = classifier()
+    train(model, optimizer_of(name, model.parameters(), torch.optim), clip=clip, steps=steps)
+    return whole(model)
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], op: str = "mixed") -> None:
+    for mine, other in zip(actual, expected, strict=True):
+        assert_matches(mine, other, op=op, dtype=F32)
+
+
+def _data_parallel() -> dict[str, list[Tensor]]:
+    trained = {}
+    for kind in ("before", "around", "clipped", "zero"):
+        model = classifier()
+        if kind == "before":
+            fastopt.convert(model)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        if kind != "before":
+            assert len(fastopt.convert(parallel).changed) == 3
+        params = parallel.parameters()
+        if kind == "zero":
+            optimizer = ZeroRedundancyOptimizer(
+                params, optim.AdamW, **OPTIMIZERS["AdamW"][1], ema_decay=0.9
+            )
+        else:
+            options = {"max_grad_norm": 0.2} if kind == "clipped" else {}
+            optimizer = optimizer_of("AdamW", params, **options)
+        train(parallel, optimizer, own_rows)
+        trained[kind] = whole(model)
+    return trained
+
+
+def test_data_parallel_and_zero_redundancy(tmp_path: Path) -> None:
+    expected, clipped = alone("AdamW"), alone("AdamW", clip=0.2)
+    for trained in run_ranks(_data_parallel, 2, tmp_path):
+        for kind, params in trained.items():
+            assert_same(params, clipped if kind == "clipped" else expected)
+
+
+def sharded(mesh: Any) -> Any:
+    """Its layers of their own, as people do; some dimensions are no multiple of the mesh."""
+    model = classifier()
+    fastopt.convert(model)
+    for module in (model.layer, model.head, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def _fully_sharded(shape: tuple[int, ...]) -> dict[str, list[Tensor]]:
+    names = ("replicate", "shard")[-len(shape) :]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    trained = {}
+    for name in OPTIMIZERS if len(shape) == 1 else ("SGD",):
+        model = sharded(mesh)
+        optimizer = optimizer_of(name, model.parameters())
+        train(model, optimizer, own_rows)
+        rows = fastopt.explain(optimizer).parameters
+        assert {row.backend for row in rows} == {"cpu"}, rows
+        state = optimizer.state[next(model.parameters())]
+        assert all(
+            isinstance(state[key], DTensor)
+            for key in optimizer._state_keys(optimizer.param_groups[0])
+        ), state
+        assert all(p._local_tensor.grad is None for p in model.parameters())
+        trained[name] = whole(model)
+    model = sharded(mesh)
+    train(model, optimizer_of("AdamW", model.parameters()), own_rows, clip=0.2)
+    trained["clipped outside"] = whole(model)
+    model = sharded(mesh)
+    optimizer = optimizer_of(
+        "AdamW", model.parameters(), max_grad_norm=0.2, zero_grad_after_step=True, ema_decay=0.9
+    )
+    train(model, optimizer, own_rows)
+    trained["clipped inside"] = whole(model)
+    assert all((param.grad.full_tensor() == 0).all() for param in model.parameters())
+    trained["averages"] = [average.full_tensor() for average in optimizer.ema_parameters()]
+    with optimizer.average_parameters():
+        trained["exchanged"] = whole(model)
+    for order in (1.0, 2.0, torch.inf):
+        model = sharded(mesh)
+        optimizer = optimizer_of("SGD", model.parameters(), max_grad_norm=0.2, norm_type=order)
+        loss_of(model, *own_rows(0)).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()], order)
+        optimizer.step()
+        trained[f"norm {order}"] = [norm.full_tensor(), optimizer.grad_norm]
+    return trained
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=str)
+def test_fully_sharded(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Two ranks with a part each, and two by two, which have each part twice."""
+    ranks = shape[0] * shape[-1] if len(shape) == 2 else shape[0]
+    stock = {name: alone(name) for name in OPTIMIZERS}
+    clipped = alone("AdamW", clip=0.2)
+    model = classifier()
+    averaging = optimizer_of("AdamW", model.parameters(), max_grad_norm=0.2, ema_decay=0.9)
+    train(model, averaging)
+    for trained in run_ranks(_fully_sharded, ranks, tmp_path, shape):
+        for name in stock.keys() & trained.keys():
+            assert_same(trained[name], stock[name])
+        assert_same(trained["clipped outside"], clipped)
+        assert_same(trained["clipped inside"], clipped)
+        assert_same(trained["averages"], averaging.ema_parameters())
+        assert_same(trained["exchanged"], trained["averages"])
+        for order in (1.0, 2.0, torch.inf):
+            expected_norm, norm = trained[f"norm {order}"]
+            assert_matches(norm, expected_norm, op="grad_norm", dtype=F32)
+
+
+class Feedforward(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.down(self.up(inputs.mean(1)).relu())
+        return logits
+
+
+def _tensor_parallel() -> list[Tensor]:
+    mesh = init_device_mesh("cpu", (2,))
+    model = parallelize_module(
+        Feedforward(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    )
+    optimizer = optimizer_of("AdamW", model.parameters(), max_grad_norm=0.2)
+    train(model, optimizer)
+    ways = {param.placements for param in model.parameters()}
+    assert len(ways) == 3 and len(optimizer._plan._parts) == 3
+    return whole(model)
+
+
+def test_tensor_parallel(tmp_path: Path) -> None:
+    """Parameters that are cut by rows, by columns and not at all have one norm."""
+    model = Feedforward()
+    train(model, optimizer_of("AdamW", model.parameters(), torch.optim), clip=0.2)
+    for trained in run_ranks(_tensor_parallel, 2, tmp_path):
+        assert_same(trained, whole(model))
+
+
+def _changes() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    values = torch.arange(10.0).view(5, 2)
+
+    def spread(tensor: Tensor, placement: Any) -> DTensor:
+        return distribute_tensor(tensor, mesh, [placement])
+
+    for placement in (Shard(0), Shard(1), Replicate()):
+        param = torch.nn.Parameter(spread(values, placement))
+        plain = torch.nn.Parameter(values.clone())
+        beside = torch.nn.Parameter(torch.ones(3))
+        ours = optim.Adam([param, beside], lr=0.1)
+        stock = torch.optim.Adam([plain, torch.nn.Parameter(torch.ones(3))], lr=0.1)
+        for step in range(6):
+            gradient = torch.sin(values + step)
+            plain.grad = gradient.clone()
+            if step == 1:  # partial sums, each rank's a half
+                param.grad = DTensor.from_local(gradient / 2, mesh, [Partial()])
+            elif step == 2:
+                param.grad = spread(gradient, Shard(0))
+            elif step == 3:
+                param.grad = plain.grad = None
+            else:
+                param.grad = spread(gradient, placement)
+            if step == 4:  # everything is another object now
+                ours.load_state_dict(ours.state_dict())
+            if step == 5:
+                for optimizer, tensor in ((ours, spread(values, placement)), (stock, values)):
+                    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+                    state["exp_avg"] = tensor.clone()
+            version = param._version
+            ours.step()
+            stock.step()
+            assert (param._version > version) == (step != 3)
+            assert_matches(param.full_tensor().detach(), plain.detach(), op="optimizer", dtype=F32)
+    tiny = torch.nn.Parameter(spread(torch.ones(1), Shard(0)))  # nothing on the second rank
+    tiny.grad = spread(torch.full((1,), 2.0), Shard(0))
+    optim.SGD([tiny], lr=0.5, max_grad_norm=1.0).step()
+    assert_matches(tiny.full_tensor().detach(), torch.full((1,), 0.5), op="grad_norm", dtype=F32)
+    with pytest.raises(RuntimeError, match="a DTensor, a subclass"):
+        tiny.grad = spread(torch.ones(1), Shard(0))
+        optim.Adam([tiny], state_storage="8bit", min_8bit_size=0).step()
+
+
+def test_gradients_and_state_that_change_their_kind(tmp_path: Path) -> None:
+    run_ranks(_changes, 2, tmp_path)
+
+
+def _save(folder: Path, part: range, first: bool) -> list[Tensor]:
+    model = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = optimizer_of("AdamW", model.parameters())
+    if not first:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )  # fmt: skip
+    train(model, optimizer, own_rows, steps=part)
+    if first:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    return whole(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_four_ranks_loads_on_two(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    half, rest = range(STEPS // 2), range(STEPS // 2, STEPS)
+    run_ranks(_save, 4, tmp_path / "four", folder, half, True)
+    for trained in run_ranks(_save, 2, tmp_path / "two", folder, rest, False):
+        assert_same(trained, alone("AdamW"))
+
+
+def test_torchrun_restarts_and_resumes_with_identical_losses(tmp_path: Path) -> None:
+    """A rank dies in the middle; both start again from the last checkpoint."""
+    written = []
+    for dies in (False, True):
+        folder = tmp_path / str(dies)
+        folder.mkdir()
+        arguments = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+        script = Path(__file__).parent / "restarted.py"
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments, script, folder]
+        root = str(Path(__file__).parent.parent.parent)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DIES": str(int(dies)),
+            "PYTHONPATH": os.pathsep.join([root, str(Path(__file__).parent)]),
+        }
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        written.append((folder / "losses").read_text().splitlines())
+    assert written[0][:2] == written[1][:2]
+    assert len(written[0]) == 6 and sorted({*written[1]}) == sorted(written[0])
+    assert len(written[1]) == 7, "one step was taken twice"
+
+
+def _many_small_parameters() -> float:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = torch.nn.Sequential(*[torch.nn.Linear(32, 32, bias=False) for _ in range(1000)])
+    fully_shard(model, mesh=mesh)
+    optimizers = [of.AdamW(model.parameters()) for of in (optim, torch.optim)]
+    times: list[list[float]] = [[], []]
+    for step in range(4):
+        for param in model.parameters():
+            local = torch.ones_like(param.to_local())
+            param.grad = DTensor.from_local(local, mesh, param.placements)
+        for optimizer, found in zip(optimizers, times, strict=True):
+            begin = time.perf_counter()
+            optimizer.step()
+            if step > 0:
+                found.append(time.perf_counter() - begin)
+    ours, stock = (statistics.median(found) for found in times)
+    return stock / ours
+
+
+def test_a_thousand_small_sharded_parameters_step_five_times_as_fast(tmp_path: Path) -> None:
+    assert min(run_ranks(_many_small_parameters, 2, tmp_path)) >= 5
