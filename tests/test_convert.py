@@ -223,6 +223,13 @@ def test_attributes_that_torch_has_not_got_are_listed() -> None:
             assert getattr(ours, name) == usual
 
 
+def test_every_module_of_ours_with_a_twin_is_listed() -> None:
+    modules = [getattr(fastopt.nn, name) for name in fastopt.nn.__all__]
+    modules = [m for m in modules if isinstance(m, type) and issubclass(m, torch.nn.Module)]
+    assert {twin.ours for twin in TWINS} == {*modules}
+    assert all(issubclass(twin.ours, twin.stock) for twin in TWINS)
+
+
 def test_modules_made_as_ours_become_torchs() -> None:
     layer = fastopt.nn.TransformerEncoderLayer(WIDTH, HEADS, 12)
     lstm = fastopt.nn.LSTM(WIDTH, WIDTH, backend="cpu").freeze()

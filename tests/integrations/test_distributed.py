@@ -274,9 +274,32 @@ def _changes() -> None:
     tiny.grad = spread(torch.full((1,), 2.0), Shard(0))
     optim.SGD([tiny], lr=0.5, max_grad_norm=1.0).step()
     assert_matches(tiny.full_tensor().detach(), torch.full((1,), 0.5), op="grad_norm", dtype=F32)
+    lstm = torch.nn.LSTM(2, 3)
+    fully_shard(lstm, mesh=mesh)
+    (row,) = fastopt.convert(lstm).left
+    assert row.reason == "its class is derived from torch.nn.LSTM"
+    _scale(spread(torch.ones(4), Shard(0)))
     with pytest.raises(RuntimeError, match="a DTensor, a subclass"):
         tiny.grad = spread(torch.ones(1), Shard(0))
         optim.Adam([tiny], state_storage="8bit", min_8bit_size=0).step()
+
+
+def _scale(values: DTensor) -> None:
+    """An infinity on the second rank alone skips the step on both."""
+    results = []
+    for of in (optim, torch.optim):
+        param = torch.nn.Parameter(values.clone())
+        optimizer = optimizer_of("AdamW", [param], of)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for infinite in (False, True, False):
+            gradient = torch.arange(1.0, 5.0)
+            gradient[3] = torch.inf if infinite else 1.0
+            param.grad = distribute_tensor(gradient, values.device_mesh, values.placements)
+            scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+        results.append([param.full_tensor().detach(), torch.tensor(scaler.get_scale())])
+    assert_same(*results, op="optimizer")
 
 
 def test_gradients_and_state_that_change_their_kind(tmp_path: Path) -> None:
