@@ -17,7 +17,7 @@ from training import classifier, data, loss_of
 def main(folder: Path) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     life = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    # The agent's store is that of all lives, and has the addresses of those who died.
+    # Torchrun's store is that of all lives, and has the addresses of those who died.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     dist.init_process_group(
         "gloo", store=dist.PrefixStore(life, store), rank=rank, world_size=ranks
