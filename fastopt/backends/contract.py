@@ -21,6 +21,9 @@ AVERAGE = "ema"
 # Of NAdam's state: the product of the momenta up to now.
 PRODUCT = "mu_product"
 
+# Rules of whole matrices: products, which are torch's own on every device.
+MATRIX_RULES = ("muon", "muon_match_rms_adamw")
+
 # State made for a step that is still to come: parameter and keys, by the parameter's id.
 Created = dict[int, tuple[Tensor, list[str]]]
 

@@ -215,12 +215,43 @@ def schedule_free_adamw(
     return (1 - beta1) * iterate + beta1 * average, [iterate, second_moment]
 
 
+def orthogonalised(matrix: Tensor, hyper: tuple[float, ...]) -> Tensor:
+    """Newton-Schulz: the singular values of a matrix brought near 1."""
+    a, b, c, eps, steps = hyper
+    x: Tensor = matrix / matrix.norm().clamp(min=eps)
+    for _ in range(int(steps)):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def muon(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Jordan et al. 2024, with torch's momentum and its "original" learning rate."""
+    lr, decay, look_ahead, *iteration = hyper
+    buffer = decay * slots[0] + (1 - decay) * grad
+    update = orthogonalised((1 - look_ahead) * grad + look_ahead * buffer, tuple(iteration))
+    return param - lr * math.sqrt(max(1, len(param) / param.size(1))) * update, [buffer]
+
+
+def muon_match_rms_adamw(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """Liu et al. 2025: steps of the size of AdamW's."""
+    lr, *others = hyper
+    moved, slots = muon(torch.zeros_like(param), grad, slots, (1.0, *others), step)
+    ratio = 0.2 * math.sqrt(max(param.shape)) / math.sqrt(max(1, len(param) / param.size(1)))
+    return param + lr * ratio * moved, slots
+
+
 RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
         *(sgd, momentum, nesterov, adam, amsgrad, lion, adagrad),
         *(rmsprop, rmsprop_momentum, rmsprop_centered, rmsprop_centered_momentum),
         *(adamax, radam, nadam, schedule_free_adamw),
+        *(muon, muon_match_rms_adamw),
     )
 }
 

@@ -10,7 +10,13 @@ from contextvars import ContextVar
 from typing import NamedTuple, cast
 
 from fastopt.backends import selfcheck
-from fastopt.backends.contract import Backend, Kernels, Request
+from fastopt.backends.contract import (
+    MATRIX_RULES,
+    Backend,
+    Kernels,
+    ParameterRequest,
+    Request,
+)
 from fastopt.backends.cpu import CpuBackend
 from fastopt.backends.cuda import CUDA
 from fastopt.backends.measured import fastest_measured
@@ -121,6 +127,8 @@ def answers(request: Request, choice: str) -> Choice:
 def _allowed(request: Request, choice: str) -> tuple[str, ...]:
     if choice != "auto":
         return (choice,)
+    if isinstance(request, ParameterRequest) and request.rule in MATRIX_RULES:
+        return ("torch",)
     order = AUTO_ORDER.get(request.device.type, AUTO_ORDER_ELSEWHERE)
     first = fastest_measured(request)
     if first is None:

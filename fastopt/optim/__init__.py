@@ -18,6 +18,7 @@ from fastopt.optim.lr_schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
+from fastopt.optim.muon import Muon
 from fastopt.optim.nadam import NAdam
 from fastopt.optim.radam import RAdam
 from fastopt.optim.rmsprop import RMSprop
@@ -33,6 +34,7 @@ __all__ = [
     "GradientRelease",
     "Lion",
     "LrRange",
+    "Muon",
     "NAdam",
     "Optimizer",
     "Options",
