@@ -45,6 +45,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 PER_ISA_SOURCES = [
     "csrc/cpu/optimizer_step.cpp",
+    "csrc/cpu/layerwise_step.cpp",
     "csrc/cpu/grad_norm.cpp",
     "csrc/cpu/lstm.cpp",
     "csrc/cpu/attention.cpp",
@@ -65,6 +66,7 @@ CPU_SOURCES = [
 CUDA_SOURCES = [
     "csrc/cuda/optimizer_step.cu",
     "csrc/cuda/coded_step.cu",
+    "csrc/cuda/layerwise_step.cu",
     "csrc/cuda/grad_norm.cu",
     "csrc/cuda/attention_forward.cu",
     "csrc/cuda/attention_backward.cu",

@@ -168,6 +168,7 @@ class OptimizerPlan:
     table_bytes: int
     table_version: int
     functor_bytes: int
+    squares_offset: int
     chunk_count: int
     def collect(
         self, param_groups: list[dict[str, Any]], state: dict[Any, Any], writing: bool

@@ -50,7 +50,7 @@ class OptimizerCase:
 
     def make(self, params: Any, **more: Any) -> Any:
         """Our optimizer, ready to step."""
-        optimizer: Any = self.ours(params, **self.options, **more)
+        optimizer: Any = self.ours(params, **{**self.options, **more})
         if isinstance(optimizer, optim.ScheduleFreeAdamW):
             optimizer.train()
         return optimizer
@@ -85,6 +85,11 @@ def _twin(name: str, cls: str, **options: Any) -> OptimizerCase:
 def _schedule_free(name: str, **options: Any) -> OptimizerCase:
     options = {"lr": 0.01, "eps": EPS, **options}
     return OptimizerCase(name, optim.ScheduleFreeAdamW, None, options)
+
+
+def _lamb(name: str, **options: Any) -> OptimizerCase:
+    options = {"lr": 0.01, "eps": EPS, "max_grad_norm": None, **options}
+    return OptimizerCase(name, optim.LAMB, None, options)
 
 
 WITH_STOCK = (
@@ -141,6 +146,10 @@ WITHOUT_STOCK = (
     ),
     _schedule_free("schedule-free", weight_decay=0.1),
     _schedule_free("schedule-free-warm-up", betas=(0.8, 0.99), warmup_steps=3, r=1.0),
+    _lamb("lamb", weight_decay=0.1),
+    _lamb("lamb-l2-maximize", weight_decay=0.1, adam_w_mode=False, maximize=True),
+    _lamb("lamb-no-decay", weight_decay=0.0, grad_averaging=False),
+    _lamb("lamb-nvlamb-uncorrected", weight_decay=0.0, use_nvlamb=True, bias_correction=False),
 )
 ALL = WITH_STOCK + WITHOUT_STOCK
 

@@ -66,6 +66,16 @@ schedule_free_options = st.fixed_dictionaries(
         "r": decay,
     }
 )
+lamb_options = st.fixed_dictionaries(
+    {
+        **moments,
+        "bias_correction": flag,
+        "adam_w_mode": flag,
+        "grad_averaging": flag,
+        "use_nvlamb": flag,
+        "max_grad_norm": st.sampled_from([None, 1.0]),
+    }
+)
 optimizers = st.one_of(
     st.tuples(st.sampled_from([optim.Adam, optim.AdamW]), adam_options),
     st.tuples(st.just(optim.SGD), sgd_options),
@@ -76,6 +86,7 @@ optimizers = st.one_of(
     st.tuples(st.just(optim.RAdam), radam_options),
     st.tuples(st.just(optim.NAdam), nadam_options),
     st.tuples(st.just(optim.ScheduleFreeAdamW), schedule_free_options),
+    st.tuples(st.just(optim.LAMB), lamb_options),
 )
 
 

@@ -167,7 +167,7 @@ py::list CardPlan::step(py::tuple rules, py::tuple surroundings, uintptr_t funct
     const GroupRule& group = group_rules[part.group];
     StepRule rule{group.rule, group.weight_decay, scalar_of(group.decay), group.maximize, {}, {},
                   nullptr};
-    bool on_device = false;
+    bool on_device = rule_info[group.rule].layerwise;
     for (size_t i = 0; i < group.hyperparameters.size(); ++i) {
       rule.hyperparameters[i] = scalar_of(group.hyperparameters[i]);
       on_device = on_device || rule.hyperparameters[i].address;

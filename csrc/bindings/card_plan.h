@@ -9,6 +9,7 @@
 
 #include "bindings/step_plan.h"
 #include "core/card_tasks.h"
+#include "core/layerwise_rules.h"
 
 namespace fastopt {
 
@@ -29,8 +30,12 @@ class CardPlan : public StepPlan {
   pybind11::bytes table(uintptr_t address) const;
   int64_t table_version() const { return walks_version(); }
 
-  // On the card: room for the functors of all tasks.
-  int64_t functor_bytes() const { return static_cast<int64_t>(tasks_.size()) * kFunctorBytes; }
+  // On the card: room for the functors of all tasks, and behind them for the Squares of all chunks,
+  // of rules that are layer-wise.
+  int64_t functor_bytes() const {
+    return squares_offset() + chunks_ * static_cast<int64_t>(sizeof(Squares));
+  }
+  int64_t squares_offset() const { return static_cast<int64_t>(tasks_.size()) * kFunctorBytes; }
 
   int64_t chunk_count() const { return chunks_; }
 

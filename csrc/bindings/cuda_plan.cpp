@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bindings/simulated_memory.h"
+#include "cuda/layerwise_step.h"
 
 namespace py = pybind11;
 
@@ -57,12 +58,14 @@ py::list CudaPlan::run(py::tuple rules, py::tuple tail, uintptr_t table, uintptr
     if (entry.grad.tensor) memory.emplace_back(entry.grad.data, entry.grad.extent, 0);
   }
   const SimulatedMemory simulated(memory);
+  auto* const squares = reinterpret_cast<Squares*>(functors + squares_offset());
   return step(
       rules, tail, functors, kRuleInfo, kRuleCount,
       [&](const Part& part, const StepRule& rule, const DeviceTail& tail, const Gradients& grads) {
         const TaskRange range = range_of(part, table, grads.data());
         if (rule.functors) launch_advance_steps(range, rule, tail.found_inf, on);
         if (part.first_chunk == part.chunk_end) return;
+        if (kRuleInfo[rule.rule].layerwise) launch_fold_squares(range, rule, tail, squares, on);
         if (part.is_coded()) {
           launch_coded_step(range, part.slots, rule, tail, on);
         } else {

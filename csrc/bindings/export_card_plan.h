@@ -20,6 +20,7 @@ pybind11::class_<Plan> export_card_plan(pybind11::module_& m, const char* name) 
       .def_property_readonly("table_bytes", &Plan::table_bytes)
       .def_property_readonly("table_version", &Plan::table_version)
       .def_property_readonly("functor_bytes", &Plan::functor_bytes)
+      .def_property_readonly("squares_offset", &Plan::squares_offset)
       .def_property_readonly("chunk_count", &Plan::chunk_count)
       .def("table", &Plan::table, py::arg("address"))
       .def("release", &Plan::release);

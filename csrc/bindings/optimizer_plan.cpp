@@ -23,10 +23,11 @@ double OptimizerPlan::grad_norm(double order, int threads) const {
   return total_norm(tasks, order, threads);
 }
 
-// The number of the bound rule for the entry's step; entries that are equally far share it.
+// The number of the bound rule for the entry's step; entries that are equally far share it,
+// unless each folds its own sums into it.
 int OptimizerPlan::bind(BoundGroup& group, const Entry& entry, const Progress& progress) {
   const bool wide = entry.layout.dtype == DType::kFloat64;
-  if (group.bound[wide] < 0 || !(group.bound_progress[wide] == progress)) {
+  if (group.bound[wide] < 0 || group.info->layerwise || !(group.bound_progress[wide] == progress)) {
     BoundRule& bound = bound_rules_.emplace_back();
     bound.rule = group.rule->rule;
     bound.weight_decay = group.rule->weight_decay;
@@ -53,6 +54,27 @@ StepTask OptimizerPlan::make_task(const Entry& entry) const {
     task.operands[kFirstSlot + k] = entry.slots[k].fingerprint.data();
   }
   return task;
+}
+
+void OptimizerPlan::fold_squares(const StepTask* tasks, int64_t count, const Tail& tail,
+                                 int threads) {
+  const InstructionSet& kernels = chosen_instruction_set();
+  std::vector<StepTask> layerwise;
+  int64_t tiles = 0;
+  for (const StepTask* task = tasks; task < tasks + count; ++task) {
+    if (!task->operands[kGrad] ||
+        !kernels.optimizer->rules[bound_rules_[task->bound_rule].rule].layerwise) {
+      continue;
+    }
+    layerwise.push_back(*task);
+    layerwise.back().first_tile = tiles;
+    tiles += tiles_of(task->numel);
+  }
+  if (tiles == 0) return;
+  squares_.resize(tiles);
+  kernels.layerwise->fold_squares({layerwise.data(), static_cast<int64_t>(layerwise.size()), tiles,
+                                   bound_rules_.data(), tail, threads},
+                                  bound_rules_.data(), squares_.data());
 }
 
 py::list OptimizerPlan::run(py::tuple rules, py::tuple surroundings, int threads) {
@@ -108,6 +130,7 @@ py::list OptimizerPlan::run(py::tuple rules, py::tuple surroundings, int threads
     const auto step = [&](const StepTask* tasks, size_t count, int64_t tile_count) {
       if (tile_count == 0) return;
       const auto task_count = static_cast<int64_t>(count);
+      fold_squares(tasks, task_count, tail, threads);
       kernels.step({tasks, task_count, tile_count, bound_rules_.data(), tail, threads});
     };
     step(together.data(), together.size(), tiles);

@@ -6,6 +6,7 @@
 
 #include "bindings/group_rules.h"
 #include "bindings/step_plan.h"
+#include "cpu/layerwise_step.h"
 #include "cpu/optimizer_step.h"
 
 namespace fastopt {
@@ -37,9 +38,12 @@ class OptimizerPlan : public StepPlan {
 
   int bind(BoundGroup& group, const Entry& entry, const Progress& progress);
   StepTask make_task(const Entry& entry) const;
+  // The pass before the step, of those tasks whose rules need one.
+  void fold_squares(const StepTask* tasks, int64_t count, const Tail& tail, int threads);
 
   std::vector<BoundRule> bound_rules_;
   std::vector<StateCoding> codings_;
+  std::vector<Squares> squares_;
 };
 
 }  // namespace fastopt

@@ -13,7 +13,7 @@ namespace fastopt {
 // What a block works on: so many elements of one tensor.
 constexpr int64_t kChunk = 4096;
 
-constexpr int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+HOST_DEVICE constexpr int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
 // A number known on the host, or to be read on the device.
 struct Scalar {
@@ -58,8 +58,9 @@ struct StepRule {
   bool maximize;
   Scalar hyperparameters[kMaxHyperparameters];
   Progress progress;        // as far as the host counts
-  unsigned char* functors;  // on the device, [tasks, kFunctorBytes]: where the device counts or a
-                            // hyperparameter is read there; otherwise nullptr
+  unsigned char* functors;  // on the device, [tasks, kFunctorBytes]: where the device counts, a
+                            // hyperparameter is read there or the rule is layer-wise; otherwise
+                            // nullptr
 };
 
 }  // namespace fastopt

@@ -7,9 +7,21 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/layerwise_rules.h"
 #include "core/update_rules.h"
 
 FASTOPT_BEGIN_NAMESPACE
+
+// Every rule there is: kernels instantiate this list, and the position in it is the rule's number.
+// First come those whose state may be stored in codes, see core/state_codes.h.
+constexpr int kCodedRules = 6;
+
+template <class T>
+using UpdateRules =
+    std::tuple<Sgd<T>, Momentum<T, false>, Momentum<T, true>, Adam<T, false>, Adam<T, true>,
+               Lion<T>, Adagrad<T>, RmsProp<T, false, false>, RmsProp<T, false, true>,
+               RmsProp<T, true, false>, RmsProp<T, true, true>, Adamax<T>, RAdam<T>, NAdam<T>,
+               ScheduleFreeAdamW<T>, Lamb<T, true>, Lamb<T, false>>;
 
 template <class T, std::size_t kIndex>
 using RuleAt = std::tuple_element_t<kIndex, UpdateRules<T>>;
@@ -51,6 +63,11 @@ template <class Rule>
 constexpr unsigned kPositiveSlotsOf<Rule, std::void_t<decltype(Rule::kPositiveSlots)>> =
     Rule::kPositiveSlots;
 
+template <class Rule, class = void>
+constexpr bool kIsLayerwise = false;
+template <class Rule>
+constexpr bool kIsLayerwise<Rule, std::void_t<decltype(Rule::kLayerwise)>> = Rule::kLayerwise;
+
 template <class Indices>
 struct RuleTable;
 
@@ -59,7 +76,8 @@ struct RuleTable<std::index_sequence<kIndices...>> {
   static constexpr UpdateRuleInfo kInfo[] = {
       {RuleAt<float, kIndices>::kName, RuleAt<float, kIndices>::kSlots,
        static_cast<int>(sizeof(typename RuleAt<float, kIndices>::Hyperparameters) / sizeof(double)),
-       kFactor<RuleAt<float, kIndices>>, kPositiveSlotsOf<RuleAt<float, kIndices>>}...};
+       kFactor<RuleAt<float, kIndices>>, kPositiveSlotsOf<RuleAt<float, kIndices>>,
+       kIsLayerwise<RuleAt<float, kIndices>>}...};
 
   // Binds the rule for the arithmetic type T.
   template <class T>

@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <tuple>
 
 #include "core/elementary.h"
 
@@ -26,6 +25,7 @@ struct UpdateRuleInfo {
   // By which a parameter's product grows in a step, see Progress; nullptr: the rule keeps none.
   double (*factor)(const double* hyperparameters, double step);
   unsigned positive_slots;  // a bit for each slot that is never negative
+  bool layerwise;           // its step hangs on sums over the whole parameter: layerwise_rules.h
 };
 
 // How far a parameter is: what torch keeps beside its state in tensors of one float.
@@ -451,16 +451,5 @@ HOST_DEVICE void update_element(const Rule& rule, T sign, T decay, V& param, V g
   }
   rule(param, g, slot);
 }
-
-// Every rule there is: kernels instantiate this list, and the position in it is the rule's number.
-// First come those whose state may be stored in codes, see core/state_codes.h.
-constexpr int kCodedRules = 6;
-
-template <class T>
-using UpdateRules =
-    std::tuple<Sgd<T>, Momentum<T, false>, Momentum<T, true>, Adam<T, false>, Adam<T, true>,
-               Lion<T>, Adagrad<T>, RmsProp<T, false, false>, RmsProp<T, false, true>,
-               RmsProp<T, true, false>, RmsProp<T, true, true>, Adamax<T>, RAdam<T>, NAdam<T>,
-               ScheduleFreeAdamW<T>>;
 
 FASTOPT_END_NAMESPACE

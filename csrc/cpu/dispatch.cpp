@@ -9,6 +9,7 @@ namespace fastopt {
 #define FASTOPT_DECLARE_KERNELS(isa)                     \
   namespace isa {                                        \
   extern const OptimizerKernels kOptimizerKernels;       \
+  extern const LayerwiseKernels kLayerwiseKernels;       \
   extern const GradNormKernels kGradNormKernels;         \
   extern const LstmKernels kLstmKernels;                 \
   extern const AttentionKernels kAttentionKernels;       \
@@ -39,6 +40,7 @@ const std::vector<InstructionSet>& instruction_sets() {
   {#isa,                          \
    cpu_runs(#isa),                \
    &isa::kOptimizerKernels,       \
+   &isa::kLayerwiseKernels,       \
    &isa::kGradNormKernels,        \
    &isa::kLstmKernels,            \
    &isa::kAttentionKernels,       \

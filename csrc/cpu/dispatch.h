@@ -6,6 +6,7 @@
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/grad_norm.h"
+#include "cpu/layerwise_step.h"
 #include "cpu/lstm.h"
 #include "cpu/optimizer_step.h"
 
@@ -15,6 +16,7 @@ struct InstructionSet {
   const char* name;
   bool runs_here;  // this CPU and its operating system have it
   const OptimizerKernels* optimizer;
+  const LayerwiseKernels* layerwise;
   const GradNormKernels* grad_norm;
   const LstmKernels* lstm;
   const AttentionKernels* attention;

@@ -10,20 +10,6 @@ FASTOPT_BEGIN_NAMESPACE
 
 namespace {
 
-// The doubles in a vector of T.
-template <class T>
-constexpr int kDoubles = Vec<T>::kWidth / Vec<double>::kWidth;
-
-HOST_DEVICE void widen(Vec<double> vector, Vec<double>* halves) { halves[0] = vector; }
-HOST_DEVICE void widen(Vec<float> vector, Vec<double>* halves) {
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  Half parts[2];
-  memcpy(parts, &vector, sizeof vector);
-  for (int h = 0; h < 2; ++h) {
-    halves[h] = {__builtin_convertvector(parts[h], Vec<double>::Native)};
-  }
-}
-
 template <class Order, class Storage>
 double reduce_run(const Order& order, const Storage* data, int64_t n) {
   using T = ComputeType<Storage>;

@@ -442,6 +442,20 @@ HOST_DEVICE uint32_t largest_lane(Bits32 bits) {
   return joined_lanes<uint32_t, kFloatLanes>(bits, [](auto a, auto b) { return b > a ? b : a; });
 }
 
+// The doubles in a vector of T.
+template <class T>
+constexpr int kDoubles = Vec<T>::kWidth / Vec<double>::kWidth;
+
+HOST_DEVICE void widen(Vec<double> vector, Vec<double>* halves) { halves[0] = vector; }
+HOST_DEVICE void widen(Vec<float> vector, Vec<double>* halves) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half parts[2];
+  memcpy(parts, &vector, sizeof vector);
+  for (int h = 0; h < 2; ++h) {
+    halves[h] = {__builtin_convertvector(parts[h], Vec<double>::Native)};
+  }
+}
+
 // Calls body(i, V()) for all i in [0, n): with V a vector while one fits, then with V = T.
 template <class T, class Body>
 HOST_DEVICE void for_each_lanes(int64_t n, const Body& body) {

@@ -2,6 +2,7 @@
 // order, so that the result does not depend on which block came first.
 
 #include "core/norm_orders.h"
+#include "cuda/block_join.cuh"
 #include "cuda/optimizer_step.h"
 #include "cuda/task_range.cuh"
 #include "cuda/vector_access.cuh"
@@ -12,22 +13,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kJoiningThreads = 1024;
-
-// The join of all threads' values, in thread 0. Called by a whole block.
-template <class Order>
-__device__ double join_block(const Order& order, double value) {
-  __shared__ double of_warps[32];
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value = order.join(value, __shfl_down_sync(0xFFFFFFFFu, value, distance));
-  }
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const int warps = static_cast<int>(blockDim.x) / 32;
-    for (int warp = 1; warp < warps; ++warp) value = order.join(value, of_warps[warp]);
-  }
-  return value;
-}
 
 template <class Order, class Storage, int kCapacity>
 __global__ void __launch_bounds__(kThreads)

@@ -1,6 +1,7 @@
 // One loop for every optimizer: a block takes a chunk of a tensor, a thread 16 bytes of each
 // operand at a time. Clipping, zeroing and averaging happen in registers around the rule.
 
+#include "cuda/layerwise_step.h"
 #include "cuda/step_update.cuh"
 
 namespace fastopt::cuda {
@@ -172,6 +173,7 @@ void load_kernels(DType dtype, int device) {
   (void)device;
 #endif
   load_norm_kernels(dtype);
+  load_layerwise_kernels(dtype);
   with_kernels(dtype, [](auto kernels) {
     for (int rule = 0; rule < kRuleCount; ++rule) {
       load_kernel(kernels.template step<kFewTensors>(rule));

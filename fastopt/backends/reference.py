@@ -215,6 +215,36 @@ def schedule_free_adamw(
     return (1 - beta1) * iterate + beta1 * average, [iterate, second_moment]
 
 
+def _lamb_direction(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    _, beta1, beta2, eps, weight_decay, gradient_weight, corrects_bias = hyper
+    first_moment = beta1 * slots[0] + gradient_weight * grad
+    second_moment = beta2 * slots[1] + (1 - beta2) * grad**2
+    first_unbiased = first_moment / (1 - beta1**step if corrects_bias else 1)
+    second_unbiased = second_moment / (1 - beta2**step if corrects_bias else 1)
+    direction = first_unbiased / (second_unbiased.sqrt() + eps) + weight_decay * param
+    return direction, [first_moment, second_moment]
+
+
+def lamb(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """You et al. 2020, algorithm 2, with apex's options."""
+    direction, slots = _lamb_direction(param, grad, slots, hyper, step)
+    norm, length = param.norm().item(), direction.norm().item()
+    trust = norm / length if norm != 0 and length != 0 else 1.0
+    return param - hyper[0] * trust * direction, slots
+
+
+def lamb_without_trust(
+    param: Tensor, grad: Tensor, slots: Slots, hyper: tuple[float, ...], step: int
+) -> tuple[Tensor, Slots]:
+    """The same where a parameter has no trust ratio."""
+    direction, slots = _lamb_direction(param, grad, slots, hyper, step)
+    return param - hyper[0] * direction, slots
+
+
 def orthogonalised(matrix: Tensor, hyper: tuple[float, ...]) -> Tensor:
     """Newton-Schulz: the singular values of a matrix brought near 1."""
     a, b, c, eps, steps = hyper
@@ -251,7 +281,7 @@ RULES: dict[str, Rule] = {
         *(sgd, momentum, nesterov, adam, amsgrad, lion, adagrad),
         *(rmsprop, rmsprop_momentum, rmsprop_centered, rmsprop_centered_momentum),
         *(adamax, radam, nadam, schedule_free_adamw),
-        *(muon, muon_match_rms_adamw),
+        *(lamb, lamb_without_trust, muon, muon_match_rms_adamw),
     )
 }
 

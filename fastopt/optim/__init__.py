@@ -10,6 +10,7 @@ from fastopt.optim.adamw import AdamW
 from fastopt.optim.from_torch import from_torch, to_torch
 from fastopt.optim.fused_optimizer import Options
 from fastopt.optim.gradient_release import GradientRelease
+from fastopt.optim.lamb import LAMB
 from fastopt.optim.lion import Lion
 from fastopt.optim.lr_range_test import LrRange, lr_range_test
 from fastopt.optim.lr_schedules import (
@@ -26,6 +27,7 @@ from fastopt.optim.schedule_free_adamw import ScheduleFreeAdamW
 from fastopt.optim.sgd import SGD
 
 __all__ = [
+    "LAMB",
     "SGD",
     "Adagrad",
     "Adam",

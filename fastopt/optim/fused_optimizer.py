@@ -175,11 +175,12 @@ class FusedOptimizer(Optimizer):
             for key in keys:
                 if key not in state:
                     state[key] = self._new_state(key, param)
-            tensors = (param, param.grad, *(state[key] for key in keys))
+            counter = [state["step"]] if "step" in state else []
+            tensors = (param, param.grad, *counter, *(state[key] for key in keys))
             self._torch_update(group, *(_real(tensor) for tensor in tensors))
 
     def _torch_update(self, group: ParamGroup, param: Tensor, grad: Tensor, *slots: Tensor) -> None:
-        """The rule in torch's operations, in place, on real tensors."""
+        """The rule in torch's operations, in place, on real tensors; ``step`` is before its slots."""
         raise TypeError(f"{type(self).__name__} has to define _torch_update")
 
     def _count_step(self) -> None:
@@ -382,7 +383,7 @@ def _with_options(cls: type[FusedOptimizer]) -> inspect.Signature:
     named = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
     if len(named) < len(own):
         for name, annotation in _options_of(cls).items():
-            default = getattr(FusedOptimizer, "_backend" if name == "backend" else name)
+            default = getattr(cls, "_backend" if name == "backend" else name)
             kind = inspect.Parameter.KEYWORD_ONLY
             named.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
     return signature.replace(parameters=named)

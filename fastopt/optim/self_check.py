@@ -15,6 +15,7 @@ from fastopt.optim.adagrad import Adagrad
 from fastopt.optim.adam import Adam
 from fastopt.optim.adamax import Adamax
 from fastopt.optim.adamw import AdamW
+from fastopt.optim.lamb import LAMB
 from fastopt.optim.lion import Lion
 from fastopt.optim.nadam import NAdam
 from fastopt.optim.radam import RAdam
@@ -69,6 +70,11 @@ CASES: tuple[tuple[str, type[Any], dict[str, Any], torch.dtype], ...] = (
     ("Lion with masters", Lion,
      {"lr": 2**-6, "betas": (0.5, 0.75), "weight_decay": 0.0, "param_precision": "master"},
      torch.bfloat16),
+    ("LAMB", LAMB, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1}, torch.float32),
+    ("LAMB, clipped and averaged", LAMB,
+     {"lr": 0.01, "eps": 1e-3, "adam_w_mode": False, "weight_decay": 0.1, **TAIL}, torch.bfloat16),
+    ("LAMB without a trust ratio", LAMB,
+     {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.0, "bias_correction": False}, torch.float64),
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,11 +38,13 @@ class Rule(NamedTuple):
         layout: Of the functor: a scalar or a flag in each word. A Lerp is one of each.
         fold: What computes the functor.
         factor: What multiplies the rule's product up, where it keeps one.
+        direction: What is measured before a step that hangs on the whole parameter.
     """
 
     layout: str
     fold: str
     factor: str | None = None
+    direction: str | None = None
 
 
 RULES = {
@@ -60,6 +63,8 @@ RULES = {
     "radam": Rule("sfssssf", "fold_radam"),
     "nadam": Rule("sssfssss", "fold_nadam", "factor_nadam"),
     "schedule_free_adamw": Rule("ssssssss", "fold_schedule_free_adamw"),
+    "lamb": Rule("ssssssss", "fold_lamb", direction="lamb_direction"),
+    "lamb_without_trust": Rule("ssssssss", "fold_lamb"),
 }
 
 NOT_LOADED = "the kernels have not run yet, and a graph's capture cannot compile them"
@@ -151,7 +156,7 @@ class TritonPlan(CardPlan):
         for rule, slots, dtype, place, tasks, chunks, code, param_code in launches:
             record = self._records.there, place
             functions = launch.kernels("update_rules")
-            layout, fold, factor = RULES[rule]
+            layout, fold, factor, direction = RULES[rule]
             tiles = _tiles(dtype)
             self._run(
                 "_advance_steps_kernel", -(-tasks // TASKS), (rule, dtype), *record,
@@ -159,6 +164,11 @@ class TritonPlan(CardPlan):
                 LAYOUT=layout, HYPERPARAMETER_COUNT=_native_cpu.update_rules[rule][1],
                 STORED=tiles["STORED"], BLOCK=TASKS,
             )  # fmt: skip
+            if direction is not None:
+                self._fold_squares(
+                    chunks, tasks, (rule, dtype), *record,
+                    DIRECTION=getattr(functions, direction), LAYOUT=layout, SLOTS=slots, **tiles,
+                )  # fmt: skip
             kernel, *variant = _step_kernel(rule, dtype, code, param_code)
             if code != SlotCode.AS_PARAMETER:
                 tiles = _coded_tiles(rule, dtype, code, param_code)
@@ -168,15 +178,33 @@ class TritonPlan(CardPlan):
             )  # fmt: skip
         return written
 
+    def _fold_squares(
+        self, chunks: int, tasks: int, variant: tuple[Any, ...], *record: Any, **options: Any
+    ) -> None:
+        """The pass before the step of a rule that hangs on the whole parameter."""
+        if chunks == 0:
+            return
+        squares = self._functors[self._native.squares_offset :].view(torch.float64)
+        run = functools.partial(self._run, operator="layerwise_step")
+        run("_measure_squares_kernel", chunks, variant, *record, squares, **options)
+        constants = {name: options[name] for name in ("STORED", "CHUNK")}
+        run("_fold_squares_kernel", tasks, variant, *record, squares, **constants, BLOCK=256)
+
     def _run(
-        self, kernel: str, programs: int, variant: Sequence[Any], *arguments: Any, **options: Any
+        self,
+        kernel: str,
+        programs: int,
+        variant: Sequence[Any],
+        *arguments: Any,
+        operator: str = "optimizer_step",
+        **options: Any,
     ) -> None:
         """Launches a kernel; ``variant`` is what its constants hang on."""
         if programs == 0:
             return
         if not _can_run(self._device, kernel, *variant):
             raise RuntimeError(NOT_LOADED)
-        function = getattr(launch.kernels("optimizer_step"), kernel)
+        function = getattr(launch.kernels(operator), kernel)
         launch.launch(function, (programs,), self._device, *arguments, **options)
         launch.mark_loaded(self._device, kernel, *variant)
 

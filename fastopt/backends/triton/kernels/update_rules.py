@@ -305,3 +305,35 @@ def fold_schedule_free_adamw(hyperparameters, step, product):
         lr, param_step, average_weight, weight_decay, beta2, 1 - beta2, 1 / tl.sqrt(correction),
         eps,
     )  # fmt: skip
+
+
+@triton.jit
+def lamb_direction(functor, param, grad, slots):
+    """You et al. 2020, algorithm 2: what the trust ratio is taken of, and the moments."""
+    _, beta1, gradient_weight, beta2, second_weight, moment_scale, eps, weight_decay = functor
+    first_moment = beta1 * slots[0] + gradient_weight * grad
+    second_moment = beta2 * slots[1] + second_weight * grad * grad
+    quotient = moment_scale * first_moment / (_square_root(second_moment) + eps)
+    return quotient + weight_decay * param, first_moment, second_moment
+
+
+@triton.jit
+def lamb(functor, param, grad, slots):
+    """With the trust ratio in the step size."""
+    direction, first_moment, second_moment = lamb_direction(functor, param, grad, slots)
+    return param - functor[0] * direction, first_moment, second_moment
+
+
+@triton.jit
+def lamb_without_trust(functor, param, grad, slots):
+    """The same formula."""
+    return lamb(functor, param, grad, slots)
+
+
+@triton.jit
+def fold_lamb(hyperparameters, step, product):
+    """Bias corrections of both moments, where there are any."""
+    lr, beta1, beta2, eps, weight_decay, gradient_weight, corrects_bias = hyperparameters
+    first = tl.where(corrects_bias != 0, 1 - _power(beta1, step), 1.0)
+    root = tl.sqrt(tl.where(corrects_bias != 0, 1 - _power(beta2, step), 1.0))
+    return lr, beta1, gradient_weight, beta2, 1 - beta2, root / first, eps * root, weight_decay
