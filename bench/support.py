@@ -116,6 +116,7 @@ OPERATORS: dict[str, dict[str, Ask]] = {
         "RAdam": _parameter("radam", 2),
         "NAdam": _parameter("nadam", 2),
         "schedule-free AdamW": _parameter("schedule_free_adamw", 2),
+        "LAMB": _parameter("lamb", 2),
         "any strides": _parameter("adam", 2, transposed=True),
         "sparse gradients": _parameter("sgd", 0, sparse=True),
         "differentiable": _parameter("sgd", 0, differentiable=True),

@@ -31,6 +31,8 @@ READ_IN_BOTH_WAYS = (
     "_optimizer_step_kernel",
     "_coded_step_kernel",
     "_advance_steps_kernel",
+    "_measure_squares_kernel",
+    "_fold_squares_kernel",
     "_grad_norm_kernel",
     "_cross_entropy_kernel",
 )
@@ -78,10 +80,14 @@ def test_loads_are_wide(operator: str) -> None:
 
 def test_a_thread_of_an_optimizer_reads_16_bytes_of_each_operand_at_a_time() -> None:
     found = [build for build in builds("optimizer_step") if "WIDE" in build["options"]]
-    assert {build["kernel"] for build in found} == {"_optimizer_step_kernel", "_grad_norm_kernel"}
+    read_besides_slots = {
+        "_optimizer_step_kernel": 3,  # parameter, gradient, average
+        "_measure_squares_kernel": 2,
+        "_grad_norm_kernel": 1,
+    }
+    assert {build["kernel"] for build in found} == set(read_besides_slots)
     for build in found:
-        slots = build["options"].get("SLOTS")
-        operands = 1 if slots is None else 3 + int(slots)  # parameter, gradient, average
+        operands = read_besides_slots[build["kernel"]] + int(build["options"].get("SLOTS", 0))
         assert build["wide_loads"] == operands, build
 
 

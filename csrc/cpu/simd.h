@@ -447,13 +447,24 @@ template <class T>
 constexpr int kDoubles = Vec<T>::kWidth / Vec<double>::kWidth;
 
 HOST_DEVICE void widen(Vec<double> vector, Vec<double>* halves) { halves[0] = vector; }
+// GCC 12 makes a dozen shuffles of __builtin_convertvector.
 HOST_DEVICE void widen(Vec<float> vector, Vec<double>* halves) {
+#if defined(__AVX512F__)
+  const __m512 floats = (__m512)vector.value;
+  halves[0] = {(Vec<double>::Native)_mm512_cvtps_pd(_mm512_castps512_ps256(floats))};
+  halves[1] = {(Vec<double>::Native)_mm512_cvtps_pd(_mm512_extractf32x8_ps(floats, 1))};
+#elif defined(__AVX2__)
+  const __m256 floats = (__m256)vector.value;
+  halves[0] = {(Vec<double>::Native)_mm256_cvtps_pd(_mm256_castps256_ps128(floats))};
+  halves[1] = {(Vec<double>::Native)_mm256_cvtps_pd(_mm256_extractf128_ps(floats, 1))};
+#else
   typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
   Half parts[2];
   memcpy(parts, &vector, sizeof vector);
   for (int h = 0; h < 2; ++h) {
     halves[h] = {__builtin_convertvector(parts[h], Vec<double>::Native)};
   }
+#endif
 }
 
 // Calls body(i, V()) for all i in [0, n): with V a vector while one fits, then with V = T.

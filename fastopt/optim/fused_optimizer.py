@@ -180,7 +180,10 @@ class FusedOptimizer(Optimizer):
             self._torch_update(group, *(_real(tensor) for tensor in tensors))
 
     def _torch_update(self, group: ParamGroup, param: Tensor, grad: Tensor, *slots: Tensor) -> None:
-        """The rule in torch's operations, in place, on real tensors; ``step`` is before its slots."""
+        """The rule in torch's operations, in place, on real tensors.
+
+        Before the slots comes the state ``step``, where there is one.
+        """
         raise TypeError(f"{type(self).__name__} has to define _torch_update")
 
     def _count_step(self) -> None:
