@@ -313,6 +313,20 @@ def test_errors_are_torchs(options: dict[str, Any]) -> None:
     assert texts[0] == texts[1]
 
 
+def test_errors_of_torchs_own_tests() -> None:
+    pytest.importorskip("expecttest", reason="torch's test utilities need it")
+    from torch.testing._internal.common_optimizers import optim_db
+
+    (info,) = [info for info in optim_db if info.optim_cls is torch.optim.Muon]
+    for error in info.optim_error_inputs_func("cpu", torch.float32):
+        if issubclass(error.error_type, Warning):
+            continue
+        config = error.optimizer_error_input
+        for cls in (torch.optim.Muon, optim.Muon):
+            with pytest.raises(error.error_type, match=error.error_regex):
+                cls(config.params, **config.kwargs).step()
+
+
 @pytest.mark.parametrize("options", [{"ns_steps": 100}, {"ns_coefficients": (1.0, 2.0)}], ids=str)
 def test_errors_of_a_step_are_torchs_and_change_nothing(options: dict[str, Any]) -> None:
     texts = []
