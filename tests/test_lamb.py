@@ -162,6 +162,17 @@ def test_groups_with_and_without_a_ratio_and_what_shares_memory() -> None:
     assert (overlapping < before).all()
 
 
+def test_a_step_that_is_skipped_leaves_what_adam_leaves() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.LAMB([param])
+    param.grad = torch.ones(3)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    state = optimizer.state[param]
+    assert list(state) == ["step", "exp_avg", "exp_avg_sq"]
+    assert (param == 1).all() and not any(tensor.any() for tensor in state.values())
+
+
 def test_says_who_steps_and_stores_no_coded_state() -> None:
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = optim.LAMB([param])

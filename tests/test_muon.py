@@ -169,6 +169,13 @@ def test_symmetric_products_are_products() -> None:
     assert_matches(result, factor @ factor.mT, op="newton_schulz", dtype=torch.float64)
 
 
+def test_autocast_changes_nothing(products: torch.dtype) -> None:
+    matrices = [p.detach() for p in parameters(torch.float32, shapes=((30, 50), (30, 50)))]
+    outside = newton_schulz.orthogonalised(matrices, DEFAULT)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(newton_schulz.orthogonalised(matrices, DEFAULT), outside)
+
+
 def test_without_elements_there_is_nothing_to_do() -> None:
     param = torch.nn.Parameter(torch.ones(5, 0))  # stock divides by its columns
     param.grad = torch.ones(5, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -61,11 +62,12 @@ def orthogonalised(matrices: list[Tensor], iteration: Iteration) -> Tensor:
     batch.div_(norm.clamp_(min=iteration.eps))
     is_tall = batch.size(1) > batch.size(2)
     wide = batch.mT if is_tall else batch
-    # Rounding errors of bf16 grow too large where products of products meet the matrix at last.
-    if dtype is torch.float32 and wide.size(2) >= GRAM_ASPECT * wide.size(1):
-        wide = _iterate_gram(wide, iteration)
-    else:
-        wide = _iterate(wide, iteration)
+    with _own_precision(batch.device):
+        # Rounding errors of bf16 grow too large where products of products meet the matrix at last.
+        if dtype is torch.float32 and wide.size(2) >= GRAM_ASPECT * wide.size(1):
+            wide = _iterate_gram(wide, iteration)
+        else:
+            wide = _iterate(wide, iteration)
     return wide.mT if is_tall else wide
 
 
@@ -97,6 +99,13 @@ def batches(matrices: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tenso
         size = BATCH_BYTES.get(device.type, BATCH_BYTES_ELSEWHERE) // max(bytes_each, 1)
         for start in range(0, len(rows), max(size, 1)):
             yield rows[start : start + max(size, 1)]
+
+
+def _own_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Products in the dtype of their factors, whatever autocast says."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _iterate(x: Tensor, iteration: Iteration) -> Tensor:

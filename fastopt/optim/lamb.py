@@ -87,9 +87,12 @@ class LAMB(FusedOptimizer):
     def _prepare(self, group: ParamGroup) -> None:
         super()._prepare(group)
         for param in group["params"]:
-            if param.grad is not None and "step" not in self.state[param]:
-                place = param.device if group["capturable"] else "cpu"
-                self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=place)
+            if param.grad is None or "step" in self.state[param]:
+                continue
+            state, place = self.state[param], param.device if group["capturable"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+            for key in self._state_keys(group):
+                state[key] = self._new_state(key, param)
 
     def _torch_update(self, group: ParamGroup, param: Tensor, grad: Tensor, *slots: Tensor) -> None:
         step, exp_avg, exp_avg_sq = slots
