@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import measured_table, results
+from bench import measured_table, results, training
 from bench.cases import BEST_OF_STOCK, Case
 from bench.gpu import gpu_table
-from bench.operators import OPERATORS, Operator
-from bench.results import ROOT, Measured, Result
+from bench.operators import OPERATORS, OPTIMIZERS, Operator
+from bench.optimizer_cases import OWN_FP32, OptimizerCase
+from bench.results import ROOT, Measured, Result, Training
 from bench.support import support_table
 from bench.timing import OURS
 
@@ -123,13 +124,16 @@ def _machine(result: Result) -> str:
     return f"{machine['processor']}, {machine['instruction_set']}, torch {machine['torch']}"
 
 
+def _state(measured: Measured | Training) -> str:
+    """Of the sources that were measured."""
+    return f"fastopt {measured['fastopt']} at {measured['commit']}, {measured['date']}"
+
+
 def _provenance(rows: list[Row]) -> str:
     """Versions and dates; where rows differ, the rarer ones with the rows that they are of."""
     names: dict[str, list[str]] = {}
     for row in rows:
-        measured = row.measured
-        state = f"fastopt {measured['fastopt']} at {measured['commit']}, {measured['date']}"
-        names.setdefault(state, []).append(row.case.name)
+        names.setdefault(_state(row.measured), []).append(row.case.name)
     usual, *others = sorted(names, key=lambda state: -len(names[state]))
     return usual + "".join(f"; {state}, for {'; '.join(names[state])}" for state in others)
 
@@ -203,6 +207,42 @@ def render() -> None:
     readme = ROOT / "README.md"
     text = _between("bench", "\n".join(parts), readme.read_text())
     readme.write_text(_between("support", support_table() + "\n", text))
+    page = ROOT / "docs" / "optimizers.md"
+    page.write_text(optimizers_page(page.read_text()))
+
+
+def optimizers_page(text: str) -> str:
+    """The page on optimizers with what was measured of state in fewer bytes, on every machine."""
+    parts: dict[str, list[str]] = {"storage": [], "losses": [], "memory": []}
+    for path in committed_results():
+        result = results.load(path)
+        parts["storage"] += storage_table(result)
+        if measured := result.get("training"):
+            state = f"{_machine(result)}, {_state(measured)}."
+            parts["losses"] += [state, "", training.loss_table(measured), ""]
+            parts["memory"] += [state, "", training.memory_table(measured), ""]
+    for name, lines in parts.items():
+        text = _between(name, "\n".join(lines), text)
+    return text
+
+
+def storage_table(result: Result) -> list[str]:
+    """How much faster a step is than our own in fp32; no lines where that was not measured."""
+    rows = [row for row in rows_of(result, OPTIMIZERS) if OWN_FP32 in row.ratios]
+    if not rows:
+        return []
+    lines = [
+        f"{_machine(result)}, {_provenance(rows)}; the worst of {_processes(rows)} processes.",
+        "",
+        "| AdamW of 16.8 million parameters | bytes moved, each | a step, ms | against fp32 |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        name = row.case.name.removeprefix("AdamW ").removesuffix(", 16.8M")
+        assert isinstance(row.case, OptimizerCase)
+        moved, ratio = row.case.bytes_per_element, row.ratios[OWN_FP32]
+        lines.append(f"| {name} | {moved} | {row.milliseconds:.3g} | {ratio:.2f}x |")
+    return [*lines, ""]
 
 
 def _between(name: str, part: str, text: str) -> str:

@@ -20,6 +20,7 @@ from bench import (
     report,
     results,
     support,
+    training,
 )
 from bench.attention_cases import ATTENTION_CASES, AttentionCase
 from bench.linear_cross_entropy_cases import LINEAR_CROSS_ENTROPY_CASES, LinearCrossEntropyCase
@@ -28,6 +29,7 @@ from bench.operators import LSTM, OPERATORS, OPTIMIZERS, Operator
 from bench.optimizer_cases import GPT2
 from bench.timing import OURS, Contender, interleaved
 from fastopt.backends.measured_table import FASTEST
+from tolerances import assert_matches
 
 ROOT = Path(__file__).parent.parent
 
@@ -215,6 +217,34 @@ def test_the_readmes_tables_are_the_rendered_ones() -> None:
         for _, table in report.tables(results.load(path)):
             assert table in readme
     assert support.support_table() in readme
+
+
+def test_the_page_on_optimizers_has_what_was_measured() -> None:
+    page = (ROOT / "docs" / "optimizers.md").read_text()
+    assert report.optimizers_page(page) == page
+    measured = [results.load(path).get("training") for path in report.committed_results()]
+    for one in filter(None, measured):
+        assert training.loss_table(one) in page and training.memory_table(one) in page
+
+
+def test_tables_of_training_say_how_far_a_way_is_from_fp32() -> None:
+    losses = [dict.fromkeys(training.WAYS, 2.0) for _ in range(3)]
+    losses[1]["8-bit moments"] = 2.1
+    memory = dict.fromkeys(training.MEMORY_WAYS, 3 * 2**20) | {training.STOCK: 4 * 2**20}
+    state = {"fastopt": "1", "commit": "abc", "date": "2026-01-01"}
+    one: Any = {**state, "losses": {"classifier": losses}, "memory": memory, "parameters": 2**20}
+    assert "| 8-bit moments | 2.0333 | +1.67% (+5.00%) |" in training.loss_table(one)
+    assert "| gradient release | 3 | 3.0 | 25% |" in training.memory_table(one)
+
+
+def test_small_state_trains_as_fp32_does() -> None:
+    """The language model in its smallest size; `bench.training` measures it in earnest."""
+    losses = training.validation_losses("language model", seed=0, quick=True)
+    assert losses.keys() == training.WAYS.keys()
+    exact = torch.tensor(losses[training.EXACT])
+    for way, loss in losses.items():
+        if way != "bf16 alone":
+            assert_matches(torch.tensor(loss), exact, op="small state", dtype=torch.float32)
 
 
 def test_auto_learns_from_cards_alone_which_backend_is_faster() -> None:

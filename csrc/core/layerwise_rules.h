@@ -36,14 +36,15 @@ struct Lamb {
     double lr, beta1, beta2, eps, weight_decay, gradient_weight, corrects_bias;
   };
 
-  T step_size, beta1, gradient_weight, beta2, second_weight, moment_scale, eps, weight_decay;
+  T step_size, beta1, gradient_weight;
+  SecondMoment<T> average_square;
+  T moment_scale, eps, weight_decay;
 
   HOST_DEVICE Lamb(const Hyperparameters& h, const Progress& now)
       : step_size(static_cast<T>(h.lr)),
         beta1(static_cast<T>(h.beta1)),
         gradient_weight(static_cast<T>(h.gradient_weight)),
-        beta2(static_cast<T>(h.beta2)),
-        second_weight(static_cast<T>(1 - h.beta2)),
+        average_square(h.beta2),
         weight_decay(static_cast<T>(h.weight_decay)) {
     const bool corrects = h.corrects_bias != 0;
     const double first = corrects ? 1 - std::pow(h.beta1, now.step) : 1;
@@ -62,8 +63,8 @@ struct Lamb {
   HOST_DEVICE V direction(V param, V grad, V* slot) const {
     V& first_moment = slot[0];
     V& second_moment = slot[1];
-    first_moment = beta1 * first_moment + gradient_weight * grad;
-    second_moment = beta2 * second_moment + second_weight * grad * grad;
+    first_moment = beta1 * first_moment + unfused(gradient_weight * grad);
+    second_moment = average_square(second_moment, grad);
     return moment_scale * first_moment / (square_root(second_moment) + eps) + weight_decay * param;
   }
 

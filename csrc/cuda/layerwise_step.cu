@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 #pragma unroll
       for (int k = 0; k < kUsed; ++k) {
         if (k == kAverage) continue;
-        load_lanes<kN>(operands[k] + first, is_aligned(operands[k] + first), range, lanes[k]);
+        load_lanes<kN>(operands[k] + first, is_aligned<kN>(operands[k] + first), range, lanes[k]);
       }
 #pragma unroll
       for (int lane = 0; lane < kN; ++lane) {
