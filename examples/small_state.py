@@ -73,7 +73,7 @@ CONTENDERS = (
     Contender("fastopt", optim.AdamW, tail=FusedTail, part=PARTS),
     Contender("8-bit moments", optim.AdamW, SMALL, FusedTail, PARTS),
     Contender("8-bit moments, released", optim.AdamW, SMALL, ReleaseTail, PARTS),
-    Contender("bf16, stochastic, 8-bit, released", optim.AdamW, SMALLEST, ReleaseTail, PARTS),
+    Contender("bf16, 8-bit, released", optim.AdamW, SMALLEST, ReleaseTail, PARTS),
 )
 
 

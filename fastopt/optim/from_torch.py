@@ -16,6 +16,7 @@ from fastopt.optim.adam import Adam
 from fastopt.optim.adamax import Adamax
 from fastopt.optim.adamw import AdamW
 from fastopt.optim.fused_optimizer import OWN_ATTRIBUTES, FusedOptimizer, Options
+from fastopt.optim.muon import Muon
 from fastopt.optim.nadam import NAdam
 from fastopt.optim.radam import RAdam
 from fastopt.optim.rmsprop import RMSprop
@@ -30,6 +31,7 @@ FRONTS: dict[type[Optimizer], type[FusedOptimizer]] = {
     torch.optim.Adamax: Adamax,
     torch.optim.RAdam: RAdam,
     torch.optim.NAdam: NAdam,
+    torch.optim.Muon: Muon,
 }
 
 
@@ -41,7 +43,7 @@ def from_torch(optimizer: Optimizer, **options: Unpack[Options]) -> FusedOptimiz
 
     Args:
         optimizer: A ``torch.optim`` ``SGD``, ``Adam``, ``AdamW``, ``Adagrad``, ``RMSprop``,
-            ``Adamax``, ``RAdam`` or ``NAdam``, or one that is fastopt's already.
+            ``Adamax``, ``RAdam``, ``NAdam`` or ``Muon``, or one that is fastopt's already.
         options: What surrounds the update, and the backend; see :class:`fastopt.optim.Options`.
 
     Returns:
