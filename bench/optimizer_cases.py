@@ -21,12 +21,15 @@ GPT2_BLOCK: Shapes = (
 )
 GPT2: Shapes = ((50257, 768), (1024, 768), *(12 * GPT2_BLOCK), (768,), (768,))
 
+MATRICES: Shapes = ((384, 1152), (384, 384), (384, 1536), (1536, 384))  # of a block
+
 # The norm of any of the cases' gradients is above this: each is clipped.
 MAX_GRAD_NORM = 1.0
 CLIP_AND_ZERO = {"max_grad_norm": MAX_GRAD_NORM, "zero_grad_after_step": True}
 
 ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
 MOMENTUM = {"lr": 1e-2, "momentum": 0.9}
+LAMB = {"lr": 1e-3, "max_grad_norm": None}
 
 
 @dataclass(frozen=True)
@@ -274,6 +277,10 @@ OPTIMIZER_CASES = (
     OptimizerCase("NAdam, 16.8M", "NAdam", ((LARGE,),)),
     OptimizerCase("NAdam, 1000 x 1024", "NAdam", ((1024,),) * 1000),
     OptimizerCase("ScheduleFreeAdamW, 16.8M", "ScheduleFreeAdamW", ((LARGE,),), ADAMW),
+    OptimizerCase("LAMB, 16.8M", "LAMB", ((LARGE,),), LAMB, bytes_per_element=44),
+    OptimizerCase("LAMB, 1000 x 1024", "LAMB", ((1024,),) * 1000, LAMB, bytes_per_element=44),
+    OptimizerCase("Muon, 24 matrices of a transformer", "Muon", 6 * MATRICES, rounds=10),
+    OptimizerCase("Muon, 60 matrices of 64 x 64", "Muon", ((64, 64),) * 60, rounds=40),
 )
 
 
