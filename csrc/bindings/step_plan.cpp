@@ -461,6 +461,9 @@ void StepPlan::check_state(const Entry& entry, const UpdateRuleInfo& rule) const
     throw std::invalid_argument("a rule needs another number of state tensors");
   }
   if (rule.factor && !entry.product) throw std::invalid_argument("a rule needs a product");
+  if (entry.coding && !rule.takes_codes) {
+    throw std::invalid_argument("a rule does not know the codes that state is stored in");
+  }
 }
 
 void StepPlan::detach_gradient(const Entry& entry) const {

@@ -81,10 +81,6 @@ HOST_DEVICE float with_sign_of(float magnitude, float sign) {
 HOST_DEVICE double with_sign_of(double magnitude, double sign) {
   return std::copysign(magnitude, sign);
 }
-HOST_DEVICE float zero_below(float value, float x, float bound) { return x < bound ? 0.0f : value; }
-HOST_DEVICE double zero_below(double value, double x, double bound) {
-  return x < bound ? 0.0 : value;
-}
 
 // x = n * ln 2 + r: e^r - 1, and n with kRounder added.
 template <class T, class V>

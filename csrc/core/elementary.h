@@ -40,6 +40,16 @@ HOST_DEVICE float at_least(float x, float bound) { return x < bound ? bound : x;
 HOST_DEVICE double at_least(double x, double bound) { return x < bound ? bound : x; }
 HOST_DEVICE float at_most(float x, float bound) { return x > bound ? bound : x; }
 HOST_DEVICE double at_most(double x, double bound) { return x > bound ? bound : x; }
+// The value, and zero where x is below the bound.
+HOST_DEVICE float zero_below(float value, float x, float bound) { return x < bound ? 0.0f : value; }
+HOST_DEVICE double zero_below(double value, double x, double bound) {
+  return x < bound ? 0.0 : value;
+}
+// The value, and the other where it is a NaN.
+template <class T>
+HOST_DEVICE T number_or(T value, T otherwise) {
+  return value != value ? otherwise : value;
+}
 // The value as it is rounded, on a CPU: the compiler does not fuse what made it with what uses it.
 // In a sum of two products it may fuse either, and not the same one in every loop.
 template <class T>

@@ -77,7 +77,7 @@ struct RuleTable<std::index_sequence<kIndices...>> {
       {RuleAt<float, kIndices>::kName, RuleAt<float, kIndices>::kSlots,
        static_cast<int>(sizeof(typename RuleAt<float, kIndices>::Hyperparameters) / sizeof(double)),
        kFactor<RuleAt<float, kIndices>>, kPositiveSlotsOf<RuleAt<float, kIndices>>,
-       kIsLayerwise<RuleAt<float, kIndices>>}...};
+       kIsLayerwise<RuleAt<float, kIndices>>, kIndices < kCodedRules}...};
 
   // Binds the rule for the arithmetic type T.
   template <class T>

@@ -79,18 +79,24 @@ HOST_DEVICE BitsOf<V> near_bits(V value, BitsOf<V> chance) {
 
 // What a number has more than the bf16 in the upper half of `near`. Of a master that is the
 // difference of the bits, of either sign, in 16 bits; of Kahan's sum the difference of the numbers,
-// in the upper half again.
+// in the upper half again. Who sets a parameter leaves the remainder of the number before beside
+// it: beside zero a difference of bits would be a NaN, and what is more than half a unit in the
+// last place, at most a 256th, was never lost by rounding to that parameter.
 template <class V>
 HOST_DEVICE BitsOf<V> master_remainder(V value, BitsOf<V> near) {
   return unless_nan(value, bits_of(value)) - (near & 0xFFFF0000u);
 }
 template <class V>
 HOST_DEVICE V with_master_remainder(V upper, BitsOf<V> remainder) {
-  return from_bits<V>(bits_of(upper) + (remainder ^ 0x8000u) - 0x8000u);
+  return number_or(from_bits<V>(bits_of(upper) + (remainder ^ 0x8000u) - 0x8000u), upper);
 }
 template <class V>
 HOST_DEVICE BitsOf<V> kahan_remainder(V value, BitsOf<V> near) {
   return bits_of(value - from_bits<V>(near & 0xFFFF0000u)) + 0x8000u;
+}
+template <class V>
+HOST_DEVICE V with_kahan_remainder(V upper, V remainder) {
+  return upper + zero_below(remainder, magnitude(upper) - magnitude(remainder) * 256.0f, 0.0f);
 }
 
 // Bytes of a block are numbers relative to its largest magnitude, with four bits of exponent: three

@@ -26,6 +26,7 @@ struct UpdateRuleInfo {
   double (*factor)(const double* hyperparameters, double step);
   unsigned positive_slots;  // a bit for each slot that is never negative
   bool layerwise;           // its step hangs on sums over the whole parameter: layerwise_rules.h
+  bool takes_codes;         // its state may be stored in codes: state_codes.h
 };
 
 // How far a parameter is: what torch keeps beside its state in tensors of one float.

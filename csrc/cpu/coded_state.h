@@ -137,7 +137,8 @@ struct CodedParam {
   HOST_DEVICE Lane load(int64_t i) const {
     const Lane value = load_as<Lane>(data + i);
     if constexpr (kCode == ParamCode::kKahan) {
-      return value + load_as<Lane>(reinterpret_cast<const BFloat16*>(remainder + i));
+      const auto* const lost = reinterpret_cast<const BFloat16*>(remainder + i);
+      return with_kahan_remainder(value, load_as<Lane>(lost));
     } else if constexpr (kCode == ParamCode::kMaster) {
       return with_master_remainder(value, widened(remainder + i));
     } else {

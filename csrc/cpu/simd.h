@@ -158,6 +158,11 @@ HOST_DEVICE Vec<T> zero_below(Vec<T> value, Vec<T> x, T bound) {
   return {x.value < bound ? zero : value.value};
 }
 
+template <class T>
+HOST_DEVICE Vec<T> number_or(Vec<T> value, Vec<T> otherwise) {
+  return {value.value != value.value ? otherwise.value : value.value};
+}
+
 HOST_DEVICE Vec<float> square_root(Vec<float> vector) {
 #if defined(__AVX512F__)
   return {(Vec<float>::Native)_mm512_sqrt_ps((__m512)vector.value)};

@@ -181,7 +181,7 @@ struct CodedParam {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       const BFloat16 lost{lower[i]};
-      values[i] = code == ParamCode::kKahan ? values[i] + fastopt::load(&lost)
+      values[i] = code == ParamCode::kKahan ? with_kahan_remainder(values[i], fastopt::load(&lost))
                                             : with_master_remainder(values[i], uint32_t{lower[i]});
     }
   }

@@ -335,6 +335,7 @@ class SteppedOptimizer(Protocol):
     grad_norm: Tensor | None
     _averages_began: bool
     rounding_seed: int
+    min_8bit_size: int
     _has_coded: bool
     _backend: str | None
     _plan: Any

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from fastopt import _native_cpu
-from fastopt.backends import state_codes
 from fastopt.backends.contract import ParameterRequest
-
-CODED_DTYPES = tuple(state_codes.DTYPES.values())
 
 # By their numbers in core/dtypes.h.
 REAL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -35,8 +32,9 @@ def refuse_request(request: ParameterRequest, device: str) -> str | None:
     if reason is None and _may_overlap_itself(request.param):
         reason = "elements of the parameter share memory"
     for slot in request.slots:
-        if request.coding is not None and slot.dtype in CODED_DTYPES:
-            reason = reason or not_plain("a state tensor", slot, device, CODED_DTYPES)
+        if request.coding is not None:  # whatever it is, it is brought to its codes
+            dtypes = (*REAL_DTYPES, torch.uint8)
+            reason = reason or not_plain("a state tensor", slot, device, dtypes)
             continue
         reason = reason or not_plain("a state tensor", slot, device)
         if reason is None and _may_overlap_itself(slot):

@@ -86,10 +86,10 @@ def make_coded_state(optimizer: SteppedOptimizer, rules: Sequence[UpdateRule]) -
             state = optimizer.state.get(param)
             if state and optimizer._has_coded:
                 state_codes.bring_to(state, keys, param, coding, rule.name)
-            elif not state and coding is not None and param.grad is not None:
-                made = state_codes.new_state(keys, param, coding)
-                optimizer.state[param].update(made)
-                created[id(param)] = param, list(made)
+            if coding is not None and param.grad is not None:
+                state = optimizer.state[param]
+                if made := state_codes.add_missing(state, keys, param, coding):
+                    created[id(param)] = param, made
     return created
 
 

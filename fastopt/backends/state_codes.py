@@ -169,18 +169,33 @@ def is_coded(state: Mapping[str, Any]) -> bool:
     return any(key.endswith(largest_key("")) or key in remainders for key in state)
 
 
-def new_state(keys: Sequence[str], param: Tensor, coding: StateCoding) -> dict[str, Tensor]:
-    """That state before the first step: zeros."""
-    state = {"step": torch.zeros((), dtype=torch.float32)}
+def add_missing(
+    state: dict[str, Any], keys: Sequence[str], param: Tensor, coding: StateCoding
+) -> list[str]:
+    """Makes what the state of a parameter lacks, zeros, and returns its keys.
+
+    Where there is no moment yet, the next step is the first one.
+    """
+    made: list[str] = []
+
+    def add(key: str, tensor: Tensor) -> None:
+        state[key] = tensor
+        made.append(key)
+
+    is_first = bool(keys) and all(state.get(key) is None for key in keys)
+    if is_first or "step" not in state:
+        add("step", torch.zeros((), dtype=torch.float32))
     for key, code in zip(keys, coding.slots, strict=True):
-        state[key] = torch.zeros_like(param, dtype=DTYPES.get(code, param.dtype))
-        if code is SlotCode.BLOCKWISE8:
-            blocks = -(-param.numel() // BLOCK)
-            state[largest_key(key)] = torch.zeros(blocks, device=param.device)
+        if state.get(key) is None:
+            add(key, torch.zeros_like(param, dtype=DTYPES.get(code, param.dtype)))
+            if code is SlotCode.BLOCKWISE8:
+                blocks = -(-param.numel() // BLOCK)
+                add(largest_key(key), torch.zeros(blocks, device=param.device))
     if coding.param in REMAINDERS:
         name, dtype = REMAINDERS[coding.param]
-        state[name] = torch.zeros_like(param, dtype=dtype)
-    return state
+        if name not in state:
+            add(name, torch.zeros_like(param, dtype=dtype))
+    return made
 
 
 def bring_to(
@@ -192,14 +207,12 @@ def bring_to(
 ) -> None:
     """Changes the way in which a parameter's state is stored, in place, where it is another.
 
-    The remainder of a parameter that had none, or one of another kind, is zeros.
+    A remainder of another kind than the parameter's is dropped.
     """
-    remainder = REMAINDERS.get(coding.param) if coding is not None else None
+    kept, _ = REMAINDERS.get(coding.param, ("", None)) if coding is not None else ("", None)
     for name, _ in REMAINDERS.values():
-        if remainder is None or name != remainder[0]:
+        if name != kept:
             state.pop(name, None)
-    if remainder is not None and remainder[0] not in state:
-        state[remainder[0]] = torch.zeros_like(param, dtype=remainder[1])
     if coding is not None and "step" not in state:
         state["step"] = torch.ones((), dtype=torch.float32)  # not the first one
     codes = coding.slots if coding is not None else (SlotCode.AS_PARAMETER,) * len(keys)
@@ -207,7 +220,7 @@ def bring_to(
         tensor = state.get(key)
         blocks = state.get(largest_key(key))
         dtype = DTYPES.get(code, param.dtype)
-        if tensor is None or tensor.dtype not in DTYPES.values() or not is_dense(param):
+        if tensor is None or tensor.is_complex() or not is_dense(param):
             continue
         if tensor.dtype == dtype and (coding is None or tensor.stride() == param.stride()):
             continue
@@ -310,13 +323,20 @@ def bf16_by_chance(values: Tensor, chance: Tensor) -> Tensor:
 
 
 def with_remainder(param: Tensor, code: ParamCode, remainder: Tensor | None) -> Tensor:
-    """What a parameter and its remainder are together, fp32."""
+    """What a parameter and its remainder are together, fp32.
+
+    A remainder that is not that of the parameter, which somebody has set since, is left out where
+    it shows: beside a zero, or where it is more than rounding to the parameter can have lost.
+    """
+    own = param.float()
     if remainder is None:
-        return param.float()
+        return own
     if code is ParamCode.KAHAN:
-        return param.float() + remainder.float()
+        lost = remainder.float()
+        return own + torch.where(lost.abs() * 256 > own.abs(), 0, lost)
     bits = param.view(torch.int16).to(torch.int32) << 16
-    return (bits + remainder.to(torch.int32)).view(torch.float32)
+    whole = (bits + remainder.to(torch.int32)).view(torch.float32)
+    return torch.where(whole.isnan(), own, whole)
 
 
 def split(values: Tensor, code: ParamCode) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
     Raises:
         RuntimeError: The backend that the user named does not take a parameter or its gradient; the
             norm is not finite and ``error_if_nonfinite`` is set. Besides, whatever stock raises. No
-            parameter and no state has been changed then.
+            parameter and no state has been changed then; stock's checks may have made state.
     """
     if step_is_skipped(optimizer):
         _skip(optimizer)
@@ -73,14 +73,23 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
 def _skip(optimizer: SteppedOptimizer) -> None:
     """What is left of a step that a gradient scaler skips."""
     for group in optimizer.param_groups:
-        optimizer._prepare(group)
+        if all(optimizer._coding(group, param) is None for param in group["params"]):
+            optimizer._prepare(group)  # stock's: state in the parameter's dtype
     if optimizer.zero_grad_after_step:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         zero_gradients([param for param in params if param.grad is not None])
 
 
 def traced_step(optimizer: SteppedOptimizer) -> None:
-    """The step in torch's operations alone, for ``torch.compile``."""
+    """The step in torch's operations alone, for ``torch.compile``.
+
+    Raises:
+        RuntimeError: State is stored otherwise than in the parameter's dtype.
+    """
+    for name in STORAGE_OPTIONS:
+        values = [getattr(optimizer, name), *[g.get(name) for g in optimizer.param_groups]]
+        if any(value is not None for value in values):
+            raise RuntimeError(f"{name} does not go into torch.compile: step outside of it")
     begins = averages_begin(optimizer)
     everything = [[True] * len(group["params"]) for group in optimizer.param_groups]
     plan = TorchPlan(optimizer, everything)
@@ -313,6 +322,7 @@ def _key(optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...]) -> list[obj
     """What the choice of backends hangs on besides the tensors."""
     averages = optimizer.ema_decay is not None
     key: list[object] = [optimizer._backend, registry.context_choice(), averages]
+    key += (optimizer.rounding_seed, optimizer.min_8bit_size)
     for group, rule in zip(optimizer.param_groups, rules, strict=True):
         key += (rule.name, group.get("capturable"), group.get("differentiable"))
         key += (group.get(name, getattr(optimizer, name)) for name in STORAGE_OPTIONS)

@@ -49,12 +49,13 @@ class Options(TypedDict, total=False):
         zero_grad_after_step: Fill the gradients with zeros once they have been used.
         ema_decay: Keep an exponential moving average of each parameter, as
             :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn(ema_decay)``
-            updated after each step. It is the parameter's state ``"ema"``.
+            updated after each step. It is the parameter's state ``"ema"``, in the parameter's
+            dtype: in bf16 a decay near 1 moves nothing.
         state_storage: Of SGD, Adam, AdamW and Lion, how moments are stored: ``"bf16"``, ``"8bit"``
-            (a byte each, and a scale for every 256), ``"fp32"``, or None: in the parameter's dtype,
-            beside masters in fp32. Parameters in double precision, complex ones and those that do
-            not fill their memory keep theirs. A parameter group may have a ``"state_storage"`` of
-            its own.
+            (a byte each, and a scale for every 256, which a NaN spoils), ``"fp32"``, or None: in
+            the parameter's dtype, beside masters in fp32. Parameters in double precision, complex
+            ones and those that do not fill their memory keep theirs. A parameter group may have a
+            ``"state_storage"`` of its own.
         param_precision: Of the same, what bf16 parameters are beside their 16 bits:
             ``"stochastic"``, rounded up or down by chance so that the mean is kept; ``"kahan"``,
             16 bits more of state that make up for most of the rounding; ``"master"``, 16 bits that
@@ -195,11 +196,29 @@ class FusedOptimizer(Optimizer):
 
     def _coding(self, group: ParamGroup, param: Tensor) -> StateCoding | None:
         """How a parameter's state is stored; None: in the parameter's dtype."""
+        if not self._stores_state:
+            return None
         storage, precision = (group.get(name, getattr(self, name)) for name in STORAGE_OPTIONS)
         if storage is None and precision is None:
             return None
         slots = len(self._state_keys(group))
         return coding_of(param, slots, storage, precision, self.min_8bit_size)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Torch's.
+
+        Raises:
+            TypeError: The group has an option of how state is stored, and this optimizer has none.
+            ValueError: There is no storage or precision of the name.
+        """
+        named = {name: param_group[name] for name in STORAGE_OPTIONS if name in param_group}
+        if named and not self._stores_state:
+            raise TypeError(
+                f"a parameter group of {type(self).__name__} has no {next(iter(named))!r}"
+            )
+        storage, precision = (named.get(name) for name in STORAGE_OPTIONS)
+        coding_of(torch.empty(0), 0, storage, precision, 0)
+        super().add_param_group(param_group)
 
     def _take_options(self, options: Options) -> None:
         """Takes the constructor's keywords of ``Options``.
@@ -309,7 +328,7 @@ class FusedOptimizer(Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's.
+        """Torch's; state in 8 bits is bytes, which torch's own optimizers would take for numbers.
 
         Raises:
             RuntimeError: Inside ``average_parameters()``.
@@ -330,12 +349,16 @@ class FusedOptimizer(Optimizer):
         def remember(_: Optimizer, state_dict: dict[str, Any]) -> None:
             self._loading = state_dict
 
+        own = [{name: g[name] for name in STORAGE_OPTIONS if name in g} for g in self.param_groups]
         handle = self.register_load_state_dict_pre_hook(remember)  # after those of the user
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
             self._loading = None
+        for group, options in zip(self.param_groups, own, strict=True):
+            for name, value in options.items():  # which a checkpoint of torch's groups has not got
+                group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Torch's, with the options."""
@@ -348,6 +371,7 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self._plan = None
         if self._loading is not None:  # the hooks of the user come after this
+            self._averages_began = False
             self._restore_coded_state(self._loading)
 
     def _restore_coded_state(self, state_dict: dict[str, Any]) -> None:

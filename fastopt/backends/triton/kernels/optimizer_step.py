@@ -404,7 +404,7 @@ def _step_coded_elements(
     average = _loaded(averages, moves)
     param = stored
     if PARAM_CODE == codes.KAHAN:
-        param = stored + _loaded(remainders, steps)
+        param = codes.with_kahan_remainder(stored, _loaded(remainders, steps))
     elif PARAM_CODE == codes.MASTER:
         param = codes.with_master_remainder(stored, tl.load(remainders, mask=steps, other=0))
     state = ()

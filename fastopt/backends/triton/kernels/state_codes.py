@@ -97,7 +97,15 @@ def master_remainder(x, param):
 def with_master_remainder(param, remainder):
     """The way back."""
     lower = remainder.to(tl.uint32)
-    return _number_of(_bits_of(param) + (lower ^ 0x8000) - 0x8000)
+    whole = _number_of(_bits_of(param) + (lower ^ 0x8000) - 0x8000)
+    return tl.where(whole == whole, whole, param)
+
+
+@triton.jit
+def with_kahan_remainder(param, remainder):
+    """The same of numbers; what rounding to the parameter cannot have lost is none."""
+    lost = tl.abs(param) - tl.abs(remainder) * 256.0
+    return param + tl.where(lost < 0, 0.0, remainder)
 
 
 @triton.jit
