@@ -1,4 +1,4 @@
-"""Schedules, the range test, and gradients that are released in the backward pass."""
+"""Learning-rate schedules, and the range test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fastopt import optim
-from tolerances import assert_matches
 
 matplotlib.use("Agg")
 
@@ -149,92 +148,3 @@ def test_wrong_arguments_of_the_range_test() -> None:
             optim.lr_range_test(step, optimizer, **options)
     with pytest.raises(ValueError, match="needs three losses, got 0"):
         _ = optim.LrRange([], [], []).steepest
-
-
-def model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(
-        torch.nn.Linear(7, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16), torch.nn.Linear(16, 3)
-    )
-
-
-def losses(net: torch.nn.Module, batches: int = 1) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(batches):
-        yield net(torch.randn(5, 7, generator=generator)).square().mean()
-
-
-@pytest.mark.parametrize("make", [optim.AdamW, optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("accumulation_steps", [1, 3])
-def test_released_gradients_train_as_kept_ones(make: Any, accumulation_steps: int) -> None:
-    ours, theirs = model(), model()
-    optimizer, plain = make(ours.parameters(), lr=0.05), make(theirs.parameters(), lr=0.05)
-    optim.GradientRelease(optimizer, accumulation_steps=accumulation_steps)
-    schedules = [optim.warmup_linear(o, 2, 9) for o in (optimizer, plain)]
-    pairs = zip(losses(ours, 9), losses(theirs, 9), strict=True)
-    for number, (mine, other) in enumerate(pairs):
-        mine.backward()
-        other.backward()
-        complete = number % accumulation_steps == accumulation_steps - 1
-        assert all((param.grad is None) is complete for param in ours.parameters())
-        if complete:
-            for one, schedule in zip((optimizer, plain), schedules, strict=True):
-                one.step()
-                one.zero_grad()
-                schedule.step()
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert_matches(mine.detach(), other.detach(), op="optimizer", dtype=torch.float32)
-
-
-def test_a_checkpoint_of_a_run_with_released_gradients() -> None:
-    first, second = model(), model()
-    optimizer = optim.AdamW(first.parameters(), lr=0.05)
-    optim.GradientRelease(optimizer)
-    for loss in losses(first, 3):
-        loss.backward()
-    other = optim.AdamW(second.parameters(), lr=0.05)
-    optim.GradientRelease(other)
-    second.load_state_dict(first.state_dict())
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert len(other.state) == 6
-    for net in (first, second):
-        for loss in losses(net, 2):
-            loss.backward()
-    for mine, copied in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(mine, copied)
-    assert optimizer.state_dict()["state"][0]["step"] == 5
-
-
-def test_clipping_is_by_the_norm_of_the_step_before() -> None:
-    param = torch.nn.Parameter(torch.zeros(4))
-    optimizer = optim.SGD([param], lr=1.0)
-    release = optim.GradientRelease(optimizer, max_grad_norm=1.0)
-    (param * 3).sum().backward()  # a norm of 6, which nobody knew of before
-    assert torch.equal(param.detach(), torch.full((4,), -3.0))
-    assert release.grad_norm == 6
-    (param * 3).sum().backward()
-    assert_matches(param.detach(), torch.full((4,), -3.5), op="optimizer", dtype=torch.float32)
-
-
-def test_tied_and_frozen_parameters_and_an_end_of_it() -> None:
-    net = model()
-    net[2].weight.requires_grad_(False)
-    net[1].tied = net[0].weight
-    optimizer = optim.SGD(net.parameters(), lr=0.1)
-    release = optim.GradientRelease(optimizer)
-    before = net[2].weight.clone()
-    (next(losses(net)) + net[1].tied.sum()).backward()
-    assert net[0].weight.grad is None and torch.equal(net[2].weight, before)
-    release.remove()
-    next(losses(net)).backward()
-    assert net[0].weight.grad is not None
-
-
-def test_wrong_arguments_of_the_release() -> None:
-    params = [torch.nn.Parameter(torch.ones(2))]
-    with pytest.raises(ValueError, match="accumulation_steps must be at least 1, got 0"):
-        optim.GradientRelease(optim.SGD(params), accumulation_steps=0)
-    with pytest.raises(ValueError, match="Invalid max_grad_norm value: -1"):
-        optim.GradientRelease(optim.SGD(params), max_grad_norm=-1)
-    with pytest.raises(ValueError, match="must be None: give it to GradientRelease"):
-        optim.GradientRelease(optim.SGD(params, max_grad_norm=1.0))

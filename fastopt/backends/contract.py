@@ -334,6 +334,7 @@ class SteppedOptimizer(Protocol):
     ema_decay: float | None
     grad_norm: Tensor | None
     _averages_began: bool
+    _first_number: int
     rounding_seed: int
     min_8bit_size: int
     _has_coded: bool

@@ -118,7 +118,7 @@ def planned_parameters(
     optimizer: SteppedOptimizer, served: Sequence[Sequence[bool]], created: Created
 ) -> list[list[PlannedParameter]]:
     """Looks up the state of the parameters marked."""
-    numbers = itertools.count()
+    numbers = itertools.count(optimizer._first_number)
     return [
         [
             _planned(optimizer, group, param, mine, created, next(numbers))

@@ -121,6 +121,8 @@ class FusedOptimizer(Optimizer):
     _plan: Any = None
     _in_average = False
     _averages_began = False
+    _first_number = 0  # of its parameters, which rounding draws by
+    _is_released = False  # a GradientRelease steps it, in the backward pass
 
     # Options, with their defaults.
     max_grad_norm: float | None = None
@@ -274,6 +276,8 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_released:
+            return loss
         scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
         if torch.compiler.is_compiling() and not scaled:
             traced_step(self)

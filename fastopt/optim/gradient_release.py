@@ -6,36 +6,51 @@ gradients of a model are never in memory together, only those that the backward 
 
 from __future__ import annotations
 
-import copy
+import inspect
 import math
+import threading
+import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fastopt.ops.grad_norm import clip_coefficient
+from fastopt.ops.optimizer_step import averages_begin
+from fastopt.optim.fused_optimizer import FusedOptimizer
 
 
 class GradientRelease:
     """Steps each parameter of an optimizer as soon as its gradient is complete, and frees it.
 
     The training loop stays as it is: ``optimizer.step()`` and ``zero_grad()`` find no gradients and
-    do nothing. State, checkpoints, parameter groups and schedulers are the optimizer's own. What
-    looks at gradients between ``backward()`` and ``step()`` finds none: a ``GradScaler`` cannot
-    work, and exact clipping by norm is impossible, as it needs all gradients before the first
-    update. ``max_grad_norm`` clips by the norm of the step before instead, and the first step not
-    at all. Where norms change slowly that is nearly the same; where one step's norm is a hundred
-    times the last one's, that step is not clipped.
+    do nothing. State, options, checkpoints, parameter groups and schedulers are the optimizer's
+    own; the hooks of its step run when ``step()`` is called. What looks at gradients between
+    ``backward()`` and ``step()`` finds none: a ``GradScaler`` cannot work, and exact clipping by
+    norm is impossible, as it needs all gradients before the first update. ``max_grad_norm`` clips
+    by the norm of the step before instead, and the first step not at all. Where norms change slowly
+    that is nearly the same; where one step's norm is a hundred times the last one's, that step is
+    not clipped.
+
+    Gradients that accumulate over several backward passes are kept here, out of reach of
+    ``zero_grad()``. A pass is counted once for all parameters, also those that have no gradient in
+    it, and also where parts of it are checkpointed with ``use_reentrant=True``. A pass that raises
+    leaves what it has stepped; the next one begins a new accumulation.
 
     Args:
-        optimizer: Of fastopt or torch, with element-wise updates.
-        accumulation_steps: Backward passes that make up a step. Gradients stay in between.
+        optimizer: Of fastopt or torch, with updates that look at one parameter at a time.
+        accumulation_steps: Backward passes that make up a step.
         max_grad_norm: To which gradients are clipped by the 2-norm of the step before.
 
     Raises:
-        ValueError: A number is out of range, or the optimizer clips by norm itself.
+        ValueError: A number is out of range, the optimizer clips by norm itself, or its step needs
+            all parameters at once. A backward pass raises the second too, where
+            ``optimizer.max_grad_norm`` has been set since.
+        RuntimeError: The optimizer's gradients are released already.
     """
 
     grad_norm: Tensor | None = None
@@ -48,86 +63,229 @@ class GradientRelease:
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
     ) -> None:
-        if accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+        whole = isinstance(accumulation_steps, int) and not isinstance(accumulation_steps, bool)
+        if not whole or accumulation_steps < 1:
+            raise ValueError(
+                f"accumulation_steps must be a whole number >= 1, got {accumulation_steps!r}"
+            )
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
-        if getattr(optimizer, "max_grad_norm", None) is not None:
-            raise ValueError("optimizer.max_grad_norm must be None: give it to GradientRelease")
+        _refuse_closure(optimizer)
+        _refuse_own_clipping(optimizer)
+        if getattr(optimizer, "_is_released", False):
+            raise RuntimeError("the optimizer has a GradientRelease already: remove() it first")
         self._optimizer = optimizer
         self._accumulation_steps = accumulation_steps
         self._max_grad_norm = max_grad_norm
+        self._passes = 0  # of this step, that which is under way included
+        self._kept: dict[Tensor, Tensor] = {}  # gradients of the passes before
+        self._stepped: set[Tensor] = set()  # in this pass
         self._squares: list[Tensor] = []  # of the norms so far in this step
-        self._end_is_awaited = False
-        self._handles = []
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                if param.requires_grad:
-                    own = _OwnOptimizer(optimizer, group, param)
-                    self._handles.append(param.register_post_accumulate_grad_hook(self._hook(own)))
+        self._coefficient = 1.0  # what this step's gradients are clipped by
+        # None between passes. The engine alone holds the end of a pass: if that raised, it is gone.
+        self._end_of_pass: weakref.ref[Callable[[], None]] | None = None
+        self._lock = threading.Lock()  # each device has a thread of the engine
+        self._members: dict[Tensor, _OwnOptimizer] = {}
+        self._handles: list[RemovableHandle] = []
+        self._join()
+        optimizer._is_released = True  # type: ignore[attr-defined]
 
     def remove(self) -> None:
-        """Leaves gradients to the training loop again."""
+        """Leaves gradients to the training loop again, those that were accumulating too."""
+        if not self._members:
+            return
+        self._members.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for param, grad in self._kept.items():
+            param.grad = grad
+        self._kept.clear()
+        self._optimizer._is_released = False  # type: ignore[attr-defined]
 
-    def _hook(self, own: _OwnOptimizer) -> Any:
-        passes = 0
+    def state_dict(self) -> dict[str, Any]:
+        """``{"grad_norm": ...}``: what the next step's gradients are clipped by."""
+        return {"grad_norm": self.grad_norm}
 
-        @torch.no_grad()
-        def release(param: Tensor) -> None:
-            nonlocal passes
-            passes += 1
-            if passes < self._accumulation_steps:
-                return
-            passes = 0
-            if self._max_grad_norm is not None:
-                self._clip(param)
-            own.step()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what ``state_dict`` gave: the first step after a restart is clipped by it."""
+        self.grad_norm = state_dict["grad_norm"]
+
+    def _join(self) -> None:
+        """Takes parameters in that are new to the optimizer."""
+        number = 0
+        for index, group in enumerate(self._optimizer.param_groups):
+            for param in group["params"]:
+                if param not in self._members:
+                    own = _OwnOptimizer(self._optimizer, index, param, number)
+                    self._members[param] = own
+                    if param.is_floating_point() or param.is_complex():
+                        self._handles.append(_hook(param, self._release))
+                number += 1
+
+    @torch.no_grad()
+    def _release(self, param: Tensor) -> None:
+        """Takes a gradient that is complete as far as this backward pass goes."""
+        grad, param.grad = param.grad, None
+        if grad is None:
+            raise RuntimeError(
+                f"another hook took the gradient of a parameter of shape {list(param.shape)}: "
+                "is it one of another optimizer's GradientRelease?"
+            )
+        with self._lock:
+            if self._awaited() is None:
+                self._begin()
+        kept = self._kept.pop(param, None)
+        if kept is not None:
+            grad = kept.add_(grad)
+        if self._passes < self._accumulation_steps:
+            self._kept[param] = grad
+        elif param in self._stepped:
+            raise RuntimeError(
+                f"two parts of one backward pass step a parameter of shape {list(param.shape)}: "
+                "reentrant checkpoints share it"
+            )
+        else:
+            self._step(param, grad)
+
+    def _awaited(self) -> Callable[[], None] | None:
+        """The end of the pass that is under way."""
+        return None if self._end_of_pass is None else self._end_of_pass()
+
+    def _begin(self) -> None:
+        """At the first gradient of a backward pass."""
+        optimizer = self._optimizer
+        _refuse_own_clipping(optimizer)
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer._check_mode()
+            if optimizer.ema_decay is not None:
+                optimizer._averages_began = not averages_begin(optimizer)
+        if self._end_of_pass is not None:  # the last one raised
+            self._passes = 0
+            self._kept.clear()
+        self._passes += 1
+        self._stepped.clear()
+        self._squares.clear()
+        self._coefficient = 1.0
+        if self._max_grad_norm is not None and self.grad_norm is not None:
+            norm = float(self.grad_norm)
+            if math.isfinite(norm):
+                self._coefficient = float(clip_coefficient(self._max_grad_norm, norm))
+        end = self._end
+        self._end_of_pass = weakref.ref(end)
+        _call_at_end(end)
+
+    def _step(self, param: Tensor, grad: Tensor | None) -> None:
+        if grad is not None and self._max_grad_norm is not None:
+            self._squares.append(torch.linalg.vector_norm(grad, dtype=torch.float64).square())
+            if self._coefficient != 1:
+                grad.mul_(self._coefficient)
+        self._stepped.add(param)
+        param.grad = grad
+        try:
+            self._members[param].step()
+        finally:
             param.grad = None
-            if not self._end_is_awaited:
-                self._end_is_awaited = True
-                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
-        return release
+    @torch.no_grad()
+    def _end(self) -> None:
+        """At the end of a backward pass."""
+        node = torch._C._current_autograd_node()
+        if node is not None:  # of a part only, a reentrant checkpoint's, inside the whole one
+            end = self._awaited()
+            assert end is not None
+            _call_at_end_of_outer(node, end)
+            return
+        self._join()
+        for param in list(self._members):
+            if param.grad is not None:
+                self._release(param)
+        if self._passes == self._accumulation_steps:
+            self._complete()
+        self._end_of_pass = None
 
-    def _clip(self, param: Tensor) -> None:
-        grad = param.grad
-        assert grad is not None
-        self._squares.append(torch.linalg.vector_norm(grad, dtype=torch.float64).square())
-        if self.grad_norm is not None and math.isfinite(self.grad_norm):
-            grad.mul_(clip_coefficient(self._max_grad_norm or 0.0, self.grad_norm))
-
-    def _finish(self) -> None:
-        """At the end of a backward pass that has stepped parameters."""
-        self._end_is_awaited = False
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it
+    def _complete(self) -> None:
+        """What is left of a step when its last backward pass is through."""
+        optimizer = self._optimizer
+        averages = getattr(optimizer, "ema_decay", None) is not None  # they move nevertheless
+        for param in self._members:
+            if param not in self._stepped and (averages or param in self._kept):
+                self._step(param, self._kept.pop(param, None))
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer._count_step()
+            optimizer._averages_began = averages
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it
         if self._squares:
             first = self._squares[0].device
             squares = torch.stack([square.to(first) for square in self._squares])
             self.grad_norm = squares.sum().sqrt()
-            self._squares.clear()
+        self._passes = 0
 
 
 class _OwnOptimizer:
     """An optimizer like another one, of one of its parameters, whose state it shares."""
 
-    def __init__(self, whole: Optimizer, group: dict[str, Any], param: Tensor) -> None:
+    def __init__(self, whole: Optimizer, group: int, param: Tensor, number: int) -> None:
         self._whole, self._group, self._param = whole, group, param
-        self._own = copy.copy(whole)
-        self._own.param_groups = [{**group, "params": [param]}]
-        self._own.state = defaultdict(dict)
+        self._own = object.__new__(type(whole))
+        self._attributes: dict[str, Any] = {
+            "state": defaultdict(dict),
+            "_plan": None,
+            "_first_number": number,
+            "_is_released": False,
+            "_optimizer_step_pre_hooks": {},
+            "_optimizer_step_post_hooks": {},
+        }
 
     def step(self) -> None:
-        whole, own, param = self._whole, self._own, self._param
-        mine = own.param_groups[0]
-        mine.update((name, value) for name, value in self._group.items() if name != "params")
+        """With the options and the numbers that the whole optimizer has now."""
+        whole, own, param, attributes = self._whole, self._own, self._param, self._attributes
         kept = whole.state.get(param)
-        if own.state.get(param) is not kept:  # the first step, or a checkpoint has been loaded
-            own.state = defaultdict(dict)
-            if kept is not None:
-                own.state[param] = kept
-        own.step()
+        if attributes["state"].get(param) is not kept:  # the first step, or a checkpoint was loaded
+            attributes["state"] = defaultdict(dict, {} if kept is None else {param: kept})
+        vars(own).clear()
+        vars(own).update(vars(whole))
+        vars(own).update(attributes)
+        own.param_groups = [{**whole.param_groups[self._group], "params": [param]}]
+        type(whole).step(own)
+        attributes["_plan"] = vars(own)["_plan"]
         if kept is None and param in own.state:
             whole.state[param] = own.state[param]
+        if getattr(own, "_has_coded", False):
+            whole._has_coded = True  # type: ignore[attr-defined]
+
+
+def _refuse_closure(optimizer: Optimizer) -> None:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        name = type(optimizer).__name__
+        raise ValueError(f"{name} needs a closure: it cannot step one parameter at a time")
+
+
+def _refuse_own_clipping(optimizer: Optimizer) -> None:
+    if getattr(optimizer, "max_grad_norm", None) is not None:
+        raise ValueError("optimizer.max_grad_norm must be None: give it to GradientRelease")
+
+
+def _hook(param: Tensor, release: Callable[[Tensor], None]) -> RemovableHandle:
+    """Registers a hook, on a parameter that is frozen for now too."""
+    requires_grad = param.requires_grad
+    param.requires_grad_(True)
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(release)
+    param.requires_grad_(requires_grad)
+    return handle
+
+
+def _call_at_end(end: Callable[[], None]) -> None:
+    """Of the backward pass that this thread is in."""
+    torch.autograd.Variable._execution_engine.queue_callback(end)
+
+
+def _call_at_end_of_outer(node: Any, end: Callable[[], None]) -> None:
+    """Of the backward pass that evaluates the node now."""
+
+    def pass_on(*_: Any) -> None:
+        handle.remove()
+        _call_at_end(end)
+
+    handle = node.register_hook(pass_on)
