@@ -61,10 +61,11 @@ class ReleaseTail:
         yield self.model
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "release": self.release.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.release.load_state_dict(state["release"])
 
 
 PARTS = language_model.FAST_PARTS

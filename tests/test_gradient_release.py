@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -153,7 +155,8 @@ def test_the_norm_after_a_step_that_raised() -> None:
 
 def test_passes_are_counted_for_all_parameters_together() -> None:
     often, rarely = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
-    optim.GradientRelease(optim.SGD([often, rarely], lr=1.0), accumulation_steps=2)
+    optimizer = optim.SGD([often, rarely], lr=1.0)
+    optim.GradientRelease(optimizer, accumulation_steps=2)
     for both, expected in [
         (True, (0.0, 0.0)),
         (False, (-2.0, -1.0)),
@@ -365,7 +368,8 @@ def test_parts_of_a_pass_do_not_count() -> None:
 
 def test_a_parameter_that_two_reentrant_parts_share_is_refused() -> None:
     net = torch.nn.Linear(7, 7)
-    optim.GradientRelease(optim.SGD(net.parameters()))
+    optimizer = optim.SGD(net.parameters())
+    optim.GradientRelease(optimizer)
     with pytest.raises(RuntimeError, match="reentrant checkpoints share it"):
         next(checkpointed([net, net], True)).backward()
 
@@ -382,7 +386,26 @@ def test_a_closure_and_a_state_that_is_converted_afterwards() -> None:
 
     assert optimizer.step(closure) > 0
     assert all(state["step"] == 1 for state in optimizer.state.values())
-    release.remove()
     stock = optim.to_torch(optimizer)
     stock.step(closure)
+    release.remove()
+    stock.step(closure)
+    assert all(state["step"] == 3 for state in stock.state.values())
     assert all(state["exp_avg"].dtype == torch.float32 for state in stock.state.values())
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, torch.optim.AdamW])
+def test_a_dropped_optimizer_leaves_the_gradients_and_the_memory(make: Any) -> None:
+    net = model()
+    optimizer = make(net.parameters())
+    optim.GradientRelease(optimizer)
+    gc.collect()
+    next(losses(net)).backward()
+    state = optimizer.state[net[0].weight]["exp_avg"]
+    assert net[0].weight.grad is None
+    alive = [weakref.ref(item) for item in (optimizer, state)]
+    del optimizer, state
+    gc.collect()
+    assert [item() for item in alive] == [None, None]
+    next(losses(net)).backward()
+    assert net[0].weight.grad is not None

@@ -122,7 +122,7 @@ class FusedOptimizer(Optimizer):
     _in_average = False
     _averages_began = False
     _first_number = 0  # of its parameters, which rounding draws by
-    _is_released = False  # a GradientRelease steps it, in the backward pass
+    _gradient_release: Any = None  # which takes the steps, in the backward pass
 
     # Options, with their defaults.
     max_grad_norm: float | None = None
@@ -276,7 +276,7 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._is_released:
+        if self._gradient_release is not None:
             return loss
         scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
         if torch.compiler.is_compiling() and not scaled:

@@ -41,6 +41,9 @@ class GradientRelease:
     it, and also where parts of it are checkpointed with ``use_reentrant=True``. A pass that raises
     leaves what it has stepped; the next one begins a new accumulation.
 
+    The optimizer keeps its release: nobody else has to. Where the optimizer is dropped, gradients
+    stay again.
+
     Args:
         optimizer: Of fastopt or torch, with updates that look at one parameter at a time.
         accumulation_steps: Backward passes that make up a step.
@@ -72,7 +75,7 @@ class GradientRelease:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         _refuse_closure(optimizer)
         _refuse_own_clipping(optimizer)
-        if getattr(optimizer, "_is_released", False):
+        if getattr(optimizer, "_gradient_release", None) is not None:
             raise RuntimeError("the optimizer has a GradientRelease already: remove() it first")
         self._optimizer = optimizer
         self._accumulation_steps = accumulation_steps
@@ -88,7 +91,7 @@ class GradientRelease:
         self._members: dict[Tensor, _OwnOptimizer] = {}
         self._handles: list[RemovableHandle] = []
         self._join()
-        optimizer._is_released = True  # type: ignore[attr-defined]
+        optimizer._gradient_release = self  # type: ignore[attr-defined]
 
     def remove(self) -> None:
         """Leaves gradients to the training loop again, those that were accumulating too."""
@@ -101,7 +104,7 @@ class GradientRelease:
         for param, grad in self._kept.items():
             param.grad = grad
         self._kept.clear()
-        self._optimizer._is_released = False  # type: ignore[attr-defined]
+        self._optimizer._gradient_release = None  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """``{"grad_norm": ...}``: what the next step's gradients are clipped by."""
@@ -232,7 +235,7 @@ class _OwnOptimizer:
             "state": defaultdict(dict),
             "_plan": None,
             "_first_number": number,
-            "_is_released": False,
+            "_gradient_release": None,
             "_optimizer_step_pre_hooks": {},
             "_optimizer_step_post_hooks": {},
         }
@@ -243,6 +246,7 @@ class _OwnOptimizer:
         kept = whole.state.get(param)
         if attributes["state"].get(param) is not kept:  # the first step, or a checkpoint was loaded
             attributes["state"] = defaultdict(dict, {} if kept is None else {param: kept})
+        own.__class__ = type(whole)  # from_torch and to_torch may have changed it
         vars(own).clear()
         vars(own).update(vars(whole))
         vars(own).update(attributes)
@@ -268,10 +272,20 @@ def _refuse_own_clipping(optimizer: Optimizer) -> None:
 
 
 def _hook(param: Tensor, release: Callable[[Tensor], None]) -> RemovableHandle:
-    """Registers a hook, on a parameter that is frozen for now too."""
+    """Has a method called with each gradient, also of a parameter that is frozen for now.
+
+    The hook keeps nothing alive: the garbage collector does not look into a tensor's hooks.
+    """
+    method = weakref.WeakMethod(release)
+
+    def hook(param: Tensor) -> None:
+        alive = method()
+        if alive is not None:
+            alive(param)
+
     requires_grad = param.requires_grad
     param.requires_grad_(True)
-    handle: RemovableHandle = param.register_post_accumulate_grad_hook(release)
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
     param.requires_grad_(requires_grad)
     return handle
 
