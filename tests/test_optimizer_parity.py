@@ -9,6 +9,7 @@ import torch
 
 from cases import ALL, COUNTERS, DTYPES, WITH_STOCK, OptimizerCase, clones, parameters, train
 from fastopt._native_cpu import instruction_set
+from fastopt.backends.contract import LAYERWISE_RULES
 from tolerances import assert_matches, assert_no_worse_than_stock
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -81,6 +82,24 @@ def test_torch_backend_gives_the_same(case: OptimizerCase) -> None:
     train(case.make(fallback, backend="torch"), fallback)
     for mine, theirs in zip(ours, fallback, strict=True):
         assert_matches(mine.detach(), theirs.detach(), op="optimizer", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_parts_step_as_the_whole_but_for_layerwise_rules(case: OptimizerCase) -> None:
+    """Which is what a rank does with its part of a DTensor. Tiles of the loop stay the same."""
+    (whole,) = parameters(torch.float32, shapes=((4, 512),))
+    parts = [torch.nn.Parameter(rows.clone()) for rows in whole.detach().split((1, 3))]
+    optimizers = [case.make(params, backend="cpu") for params in ([whole], parts)]
+    for seed in range(1, 4):
+        (gradient,) = parameters(torch.float32, seed, ((4, 512),))
+        whole.grad = gradient.detach()
+        for part, rows in zip(parts, whole.grad.split((1, 3)), strict=True):
+            part.grad = rows.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    (group,) = optimizers[0].param_groups
+    is_layerwise = optimizers[0]._update_rule(group).name in LAYERWISE_RULES
+    assert torch.equal(torch.cat(parts), whole) != is_layerwise
 
 
 def test_classical_momentum_is_the_textbook_formula() -> None:

@@ -24,6 +24,10 @@ PRODUCT = "mu_product"
 # Rules of whole matrices: products, which are torch's own on every device.
 MATRIX_RULES = ("muon", "muon_match_rms_adamw")
 
+# Rules of core/layerwise_rules.h with kLayerwise: a part of a parameter cannot be stepped alone.
+LAYERWISE_RULES = ("lamb",)
+WHOLE_RULES = (*LAYERWISE_RULES, *MATRIX_RULES)
+
 # State made for a step that is still to come: parameter and keys, by the parameter's id.
 Created = dict[int, tuple[Tensor, list[str]]]
 

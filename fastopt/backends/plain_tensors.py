@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -75,6 +76,12 @@ def not_plain(
     if tensor.dim() + tensor.is_complex() > MAX_DIMS:
         return f"{what} has {tensor.dim()} dimensions"
     return None
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is spread over a mesh of devices."""
+    module = sys.modules.get("torch.distributed.tensor")  # nobody can have one without it
+    return module is not None and type(tensor) is module.DTensor
 
 
 def on_several_cards(tensors: Iterable[Tensor | None], device: torch.device) -> str | None:

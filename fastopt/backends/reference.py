@@ -30,6 +30,7 @@ from fastopt.backends.contract import (
     UpdateRule,
     WeightDecay,
 )
+from fastopt.backends.plain_tensors import is_dtensor
 from fastopt.backends.planning import PlannedParameter, Service, planned_parameters
 
 Slots = list[Tensor]
@@ -348,6 +349,8 @@ class ReferenceBackend:
             return "differentiable=True has autograd record the step"
         if request.group.get("capturable"):
             return "capturable=True is for parameters on an accelerator"
+        if is_dtensor(request.param):
+            return "the parameter is a DTensor, and its step hangs on the whole of it"
         tensors = [request.param, *request.slots]
         tensors += [] if request.grad is None else [request.grad]
         for tensor in tensors:

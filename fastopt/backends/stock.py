@@ -21,6 +21,7 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
+from fastopt.backends.plain_tensors import is_dtensor
 from fastopt.backends.planning import members, new_average
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -117,6 +118,8 @@ class TorchPlan:
             )
             for grad in grads
         ]
+        # A DTensor's is that of all its parts, and no tensor beside it need be a DTensor.
+        norms = [norm.full_tensor() if is_dtensor(norm) else norm for norm in norms]
         first = norms[0].device
         joined: Tensor = torch.linalg.vector_norm(
             torch.stack([norm.to(first) for norm in norms]), order

@@ -1,11 +1,13 @@
-"""``DTensor`` parameters: each rank steps its own part, which the rules, elementwise, allow."""
+"""``DTensor`` parameters: each rank steps its own part, which elementwise rules allow.
+
+``WHOLE_RULES`` are left to torch's operations, which see the whole parameter.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import operator
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,13 +24,8 @@ from fastopt.backends.contract import (
     Tail,
     UpdateRule,
 )
+from fastopt.backends.plain_tensors import is_dtensor
 from fastopt.backends.planning import bump_versions
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is spread over a mesh of devices."""
-    module = sys.modules.get("torch.distributed.tensor")  # nobody can have one without it
-    return module is not None and type(tensor) is module.DTensor
 
 
 def local_of(tensor: Any) -> Any:
@@ -140,6 +137,7 @@ class ShardsPlan:
             if id(member.param) in created
         }
         self._plan = backend.plan_optimizer_step(self._local, served, made)
+        self._refused: set[tuple[int, int]] = set()
 
     def collect(self, optimizer: SteppedOptimizer, writing: bool) -> Sequence[Refusal] | None:
         """Compares the whole tensors, then has the backend compare and fetch the parts."""
@@ -147,7 +145,9 @@ class ShardsPlan:
             return None
         for member in self._members:
             member.fetch_gradient()
-        return self._plan.collect(self._local, writing)
+        refused = self._plan.collect(self._local, writing)
+        self._refused = {(refusal.group, refusal.place) for refusal in refused or ()}
+        return refused
 
     def _is_current(self, optimizer: SteppedOptimizer) -> bool:
         groups = [group["params"] for group in optimizer.param_groups]
@@ -164,13 +164,29 @@ class ShardsPlan:
         if norm is None:  # on every rank
             return None
         first = self._members[0].param
-        for dim, placement in enumerate(first.placements):
-            if placement.is_replicate():
-                continue
+        groups = [
+            first.device_mesh.get_group(dim)
+            for dim, placement in enumerate(first.placements)
+            if not placement.is_replicate()
+        ]
+        if order == 0:
+            return self._nonzero_gradients(groups)
+        for group in groups:
             joined = torch.as_tensor(norm, dtype=torch.float64, device=first.device)
-            group = first.device_mesh.get_group(dim)
             norm = _joined_over(joined, order, group)
         return norm
+
+    def _nonzero_gradients(self, groups: Sequence[Any]) -> Tensor:
+        """How many gradients are not zero on all ranks, which is torch's norm of order 0."""
+        nonzero = [
+            member.local.grad.any()
+            for member in self._members
+            if member.local.grad is not None and (member.group, member.place) not in self._refused
+        ]
+        found = torch.stack(nonzero).double()
+        for group in groups:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
+        return found.sum()
 
     def run(self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], tail: Tail) -> None:
         """Steps the parts, and tells autograd that the whole parameters have changed."""
@@ -200,6 +216,6 @@ def _joined_over(norm: Tensor, order: float, group: Any) -> Tensor:
         how = distributed.ReduceOp.MAX if order > 0 else distributed.ReduceOp.MIN
         distributed.all_reduce(norm, how, group)
         return norm
-    power = norm if order == 0 else norm**order
+    power = norm**order
     distributed.all_reduce(power, group=group)
-    return power if order == 0 else power ** (1 / order)
+    return power ** (1 / order)

@@ -13,6 +13,7 @@ from fastopt.backends import registry
 from fastopt.backends.contract import (
     AVERAGE,
     PRODUCT,
+    WHOLE_RULES,
     OptimizerPlan,
     ParameterRequest,
     ParamGroup,
@@ -340,6 +341,6 @@ def requests(
         grad = local_of(param.grad) if with_gradients else None
         step, product = state.get("step"), state.get(PRODUCT)
         coding = optimizer._coding(group, param)
-        if coding is None:  # codes are of whole tensors
+        if coding is None and rule.name not in WHOLE_RULES:  # codes are of whole tensors too
             param = local_of(param)
         yield ParameterRequest(param, grad, slots, step, rule.name, group, product, coding)

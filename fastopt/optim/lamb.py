@@ -23,8 +23,9 @@ class LAMB(FusedOptimizer):
     with Adam's moments :math:`m` and :math:`v`. The norms are those of one parameter; where one of
     them is zero, their quotient, the trust ratio, is 1. Names and defaults are those of
     ``apex.optimizers.FusedLAMB``, gradients clipped to a norm of 1 among them:
-    ``max_grad_norm=None`` leaves them as they are. The state has ``step``, ``exp_avg`` and
-    ``exp_avg_sq`` of each parameter, as that of torch's Adam.
+    ``max_grad_norm=None`` leaves them as they are. The norms of a ``DTensor`` are those of all its
+    parts; torch's operations step it, where there is a trust ratio. The state has ``step``,
+    ``exp_avg`` and ``exp_avg_sq`` of each parameter, as that of torch's Adam.
 
     Args:
         params: Parameters, groups of them, or named parameters.

@@ -36,6 +36,8 @@ F32 = torch.float32
 STEPS, ROWS = 4, 16
 EPS = 1e-2  # a bias of the keys has a gradient of rounding errors alone, which a small one enlarges
 
+ORDERS = (0.0, 1.0, 2.0, torch.inf)
+
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD": ("SGD", {"lr": 0.1, "momentum": 0.9}),
     "AdamW": ("AdamW", {"lr": 0.02, "eps": EPS, "amsgrad": True}),
@@ -173,7 +175,7 @@ def _fully_sharded(shape: tuple[int, ...]) -> dict[str, list[Tensor]]:
     trained["averages"] = [average.full_tensor() for average in optimizer.ema_parameters()]
     with optimizer.average_parameters():
         trained["exchanged"] = whole(model)
-    for order in (1.0, 2.0, torch.inf):
+    for order in ORDERS:
         model = sharded(mesh)
         optimizer = optimizer_of("SGD", model.parameters(), max_grad_norm=0.2, norm_type=order)
         loss_of(model, *own_rows(0)).backward()
@@ -199,9 +201,72 @@ def test_fully_sharded(shape: tuple[int, ...], tmp_path: Path) -> None:
         assert_same(trained["clipped inside"], clipped)
         assert_same(trained["averages"], averaging.ema_parameters())
         assert_same(trained["exchanged"], trained["averages"])
-        for order in (1.0, 2.0, torch.inf):
+        for order in ORDERS:
             expected_norm, norm = trained[f"norm {order}"]
             assert_matches(norm, expected_norm, op="grad_norm", dtype=F32)
+
+
+# Their step hangs on whole parameters.
+WHOLE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("LAMB", {"lr": 0.1}),
+    ("LAMB", {"lr": 0.1, "max_grad_norm": None, "adam_w_mode": False, "clip_value": 0.5}),
+    ("Muon", {"lr": 0.1, "max_grad_norm": 0.5, "zero_grad_after_step": True}),
+)
+
+
+def _train_whole(number: int, spread: Any) -> list[Tensor]:
+    name, options = WHOLE[number]
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((6, 5), (4, 3))
+    draw = [torch.randn(shape, generator=generator) for _ in range(4) for shape in shapes]
+    params = [torch.nn.Parameter(spread(values)) for values in draw[:2]]
+    optimizer = getattr(optim, name)(params, **options)
+    norms = []
+    for step in (1, 2, 3):
+        for param, grad in zip(params, draw[2 * step : 2 * step + 2], strict=True):
+            param.grad = spread(grad.clone())
+        optimizer.step()
+        norms += [] if optimizer.grad_norm is None else [optimizer.grad_norm]
+    assert all(type(norm) is Tensor for norm in norms)
+    return [*whole(torch.nn.ParameterList(params)), *norms]
+
+
+def _whole_parameters() -> list[list[Tensor]]:
+    mesh = init_device_mesh("cpu", (2,))
+    trained = [
+        _train_whole(number, lambda values, way=way: distribute_tensor(values, mesh, [way]))
+        for number in range(len(WHOLE))
+        for way in (Shard(0), Shard(1), Replicate())
+    ]
+    for name, backend in (("LAMB", "cpu"), ("LAMB", "reference"), ("Muon", "reference")):
+        param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+        param.grad = torch.ones_like(param)
+        with pytest.raises(RuntimeError, match="the parameter is a DTensor"):
+            getattr(optim, name)([param], backend=backend).step()
+    _count_gradients(mesh)
+    return trained
+
+
+def _count_gradients(mesh: Any) -> None:
+    """A gradient has a part on each rank, on one, is zero on one of them, or on both."""
+    values = ([1.0, 1.0, 1.0], [1.0], [0.0, 2.0], [0.0, 0.0])
+    params = []
+    for value in values:
+        params.append(torch.nn.Parameter(distribute_tensor(torch.tensor(value), mesh, [Shard(0)])))
+        params[-1].grad = params[-1].detach().clone()
+    optimizer = optim.SGD(params, max_grad_norm=1.0, norm_type=0)
+    norm = torch.nn.utils.get_total_norm([param.grad for param in params], 0.0)
+    optimizer.step()
+    assert optimizer.grad_norm == norm.full_tensor() == 3
+
+
+def test_rules_of_whole_parameters(tmp_path: Path) -> None:
+    """The norms and products of LAMB and Muon are not those of a rank's part."""
+    expected = [_train_whole(number, lambda values: values) for number in range(len(WHOLE))]
+    for trained in run_ranks(_whole_parameters, 2, tmp_path):
+        for place, found in enumerate(trained):
+            op = "muon" if WHOLE[place // 3][0] == "Muon" else "optimizer"
+            assert_same(found, expected[place // 3], op)
 
 
 class Feedforward(torch.nn.Module):
