@@ -32,7 +32,8 @@ class Muon(TorchTwin, torch.optim.Muon, functional=muon):
     Matrices of one shape are iterated together, in batches of up to 128 MiB on accelerators and 1
     MiB on a CPU. Products are torch's, so that backend ``torch`` runs them whatever the device; in
     bf16, but in fp32 on a CPU without instructions for such matrices. Where the parameters are bf16
-    and ``nesterov`` is off, torch 2.13 divides the momentum itself by its norm: here it stays.
+    and ``nesterov`` is off, torch 2.13 divides the momentum itself by its norm: here it stays. Of
+    ``DTensor`` and other subclasses, torch's own loop steps one matrix after the other.
 
     Args:
         params: Matrices, groups of them, or named ones.
