@@ -138,6 +138,26 @@ def test_reference_is_the_exact_iteration(options: dict[str, Any]) -> None:
             assert_matches(param.detach(), value, op="newton_schulz", dtype=torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], **IDS)
+def test_decay_of_halves_is_torchs(dtype: torch.dtype) -> None:
+    """Its factor, 0.99, is no number of either; without gradients there is nothing else."""
+    ours = parameters(dtype, shapes=((40, 24), (7, 9)))
+    stock = clones(ours)
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    pairs = (optim.Muon(ours, **options), ours), (torch.optim.Muon(stock, **options), stock)
+    for optimizer, params in pairs:
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.zeros_like(param)
+            optimizer.step()
+    for param, other in zip(ours, stock, strict=True):
+        assert torch.equal(param, other)
+    train(pairs[0][0], ours, steps=2)
+    train(pairs[1][0], stock, steps=2)
+    for param, other in zip(ours, stock, strict=True):
+        assert_matches(param.detach(), other.detach(), op="muon", dtype=dtype)
+
+
 def test_momentum_of_bf16_parameters_is_not_divided_by_its_norm() -> None:
     param = parameters(torch.bfloat16, shapes=((8, 12),))[0]
     optimizer = optim.Muon([param], nesterov=False)

@@ -56,7 +56,7 @@ class Muon(TorchTwin, torch.optim.Muon, functional=muon):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -70,7 +70,7 @@ class Muon(TorchTwin, torch.optim.Muon, functional=muon):
         torch.optim.Muon.__init__(
             self,
             params,
-            lr,
+            lr,  # type: ignore[arg-type]  # torch takes a tensor too
             weight_decay,
             momentum,
             nesterov,
@@ -126,7 +126,8 @@ class Muon(TorchTwin, torch.optim.Muon, functional=muon):
             ahead = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
             updates = newton_schulz.orthogonalised(list(ahead), iteration)
             adjusted_lr = _adjust_lr(lr, group["adjust_lr_fn"], params[0].shape)
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            for param in params:  # torch._foreach_mul_ would round the factor to bf16 on a CPU
+                param.mul_(1 - lr * group["weight_decay"])
             torch._foreach_add_(params, list(updates.unbind()), alpha=-adjusted_lr)
 
 
