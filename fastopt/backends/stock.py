@@ -192,11 +192,10 @@ def _values(param: Tensor) -> Tensor:
 @torch.no_grad()
 def _change_gradients(params: list[Tensor], tail: Tail) -> None:
     grads = [_values(param) for param in params]
-    if isinstance(tail.grad_scale, Tensor):
-        for grad in grads:
-            grad.mul_(tail.grad_scale.to(grad.device))
-    elif tail.grad_scale != 1:
-        torch._foreach_mul_(grads, tail.grad_scale)
+    scale = tail.grad_scale
+    if isinstance(scale, Tensor) or scale != 1:
+        for grad in grads:  # torch._foreach_mul_ would round a number to the dtype of halves
+            grad.mul_(scale.to(grad.device) if isinstance(scale, Tensor) else scale)
     if tail.clip_value < math.inf:
         for grad in grads:
             real = torch.view_as_real(grad) if grad.is_complex() else grad

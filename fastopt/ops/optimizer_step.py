@@ -192,9 +192,10 @@ def unscale_gradients(optimizer: SteppedOptimizer) -> None:
         if param.grad is not None and _may_share_elements(param.grad):
             param.grad = param.grad.clone(memory_format=torch.contiguous_format)
     with torch.no_grad():
-        grads = [param.grad for param in params if param.grad is not None]
-        if grads:
-            torch._foreach_mul_(grads, 1.0 / float(grad_scale))
+        factor = 1.0 / float(grad_scale)
+        for param in params:
+            if param.grad is not None:
+                param.grad.mul_(factor)
     optimizer.grad_scale = None  # type: ignore[attr-defined]
 
 
