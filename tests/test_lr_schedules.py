@@ -86,7 +86,12 @@ def test_the_numbers_of_a_schedule_are_in_its_state() -> None:
         (lambda o: optim.warmup_cosine(o, 6, 5), "total_steps must be at least warmup_steps=6"),
         (lambda o: optim.warmup_linear(o, 1, 5, 1.5), r"final_factor must be in \[0, 1\], got 1.5"),
         (lambda o: optim.warmup_stable_decay(o, 3, 5, 4), "must fit into total_steps=5, got 3"),
+        (lambda o: optim.warmup_linear(o, 1, 5, "x"), r"final_factor must be in \[0, 1\], got 'x'"),
+        (lambda o: optim.warmup_linear(o, 1, 5.0), "total_steps must be .* got 5.0"),
+        (lambda o: optim.warmup_linear(o, True, 5), "warmup_steps must be .* got True"),
+        (lambda o: optim.warmup_stable_decay(o, 1, 5, True), "decay_steps must be .* got True"),
         (lambda o: optim.warmup_inverse_sqrt(o, 2.5), "warmup_steps must be .* got 2.5"),
+        (lambda o: optim.warmup_inverse_sqrt(o, False), "warmup_steps must be .* got False"),
     ],
 )
 def test_wrong_numbers_are_named(make: Any, text: str) -> None:
@@ -128,6 +133,20 @@ def test_the_range_test_finds_where_the_loss_falls_and_puts_everything_back() ->
     step()
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_range_test_takes_a_loss_with_its_graph() -> None:
+    param, optimizer, _ = quadratic()
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (param**2).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    assert len(optim.lr_range_test(step, optimizer, num_steps=5).losses) > 2
+
+
 def test_the_range_test_is_drawn(tmp_path: Path) -> None:
     _, optimizer, step = quadratic()
     axes = optim.lr_range_test(step, optimizer, num_steps=30).plot()
@@ -140,9 +159,16 @@ def test_wrong_arguments_of_the_range_test() -> None:
     _, optimizer, step = quadratic()
     for options, text in (
         ({"start_lr": 0.0}, "start_lr must be above 0"),
-        ({"num_steps": 1}, "num_steps must be at least 2, got 1"),
-        ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\)"),
-        ({"diverged": 1.0}, "diverged must be above 1"),
+        ({"start_lr": "x"}, "start_lr must be above 0 and below end_lr=10.0, got 'x'"),
+        ({"end_lr": torch.inf}, "end_lr must be above 0 and finite, got inf"),
+        ({"end_lr": "x"}, "end_lr must be above 0 and finite, got 'x'"),
+        ({"num_steps": 1}, "num_steps must be a whole number >= 2, got 1"),
+        ({"num_steps": 2.5}, "num_steps must be a whole number >= 2, got 2.5"),
+        ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\), got 1.0"),
+        ({"smoothing": torch.nan}, r"smoothing must be in \[0, 1\), got nan"),
+        ({"smoothing": None}, r"smoothing must be in \[0, 1\), got None"),
+        ({"diverged": 1.0}, "diverged must be above 1, got 1.0"),
+        ({"diverged": "x"}, "diverged must be above 1, got 'x'"),
     ):
         with pytest.raises(ValueError, match=text):
             optim.lr_range_test(step, optimizer, **options)

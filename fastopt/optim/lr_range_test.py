@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastopt.optim.lr_schedules import is_number
+
 
 @dataclass(frozen=True)
 class LrRange:
@@ -90,22 +92,25 @@ def lr_range_test(
         optimizer: What ``step`` steps; its rates are set for all groups alike.
         start_lr: The first rate.
         end_lr: The last one.
-        num_steps: How many rates are tried, each a constant factor above the one before.
+        num_steps: How many rates are tried, two at least, each a constant factor above the one
+            before.
         smoothing: Weight of the past in the average that judges the loss, in [0, 1).
         diverged: The test ends where the smoothed loss is this many times the smallest, or not
             finite.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or none.
     """
-    if not 0 < start_lr < end_lr:
-        raise ValueError(f"start_lr must be above 0 and below end_lr={end_lr}, got {start_lr}")
-    if num_steps < 2:
-        raise ValueError(f"num_steps must be at least 2, got {num_steps}")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-    if not diverged > 1:
-        raise ValueError(f"diverged must be above 1, got {diverged}")
+    if not (is_number(end_lr) and 0 < end_lr < math.inf):
+        raise ValueError(f"end_lr must be above 0 and finite, got {end_lr!r}")
+    if not (is_number(start_lr) and 0 < start_lr < end_lr):
+        raise ValueError(f"start_lr must be above 0 and below end_lr={end_lr}, got {start_lr!r}")
+    if type(num_steps) is not int or num_steps < 2:
+        raise ValueError(f"num_steps must be a whole number >= 2, got {num_steps!r}")
+    if not (is_number(smoothing) and 0 <= smoothing < 1):
+        raise ValueError(f"smoothing must be in [0, 1), got {smoothing!r}")
+    if not (is_number(diverged) and diverged > 1):
+        raise ValueError(f"diverged must be above 1, got {diverged!r}")
     found = LrRange([], [], [])
     average = 0.0
     with _put_back(optimizer):
@@ -113,7 +118,8 @@ def lr_range_test(
             lr = start_lr * (end_lr / start_lr) ** (number / (num_steps - 1))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = float(step())
+            returned = step()
+            loss = float(returned.detach() if isinstance(returned, Tensor) else returned)
             average = smoothing * average + (1 - smoothing) * loss
             smoothed = average / (1 - smoothing ** (number + 1))
             if not math.isfinite(smoothed):

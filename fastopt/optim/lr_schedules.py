@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -56,8 +57,8 @@ class EndingSchedule(Schedule):
                 f"total_steps must be at least warmup_steps={self.warmup_steps}, got "
                 f"{self.total_steps}"
             )
-        if not 0 <= self.final_factor <= 1:
-            raise ValueError(f"final_factor must be in [0, 1], got {self.final_factor}")
+        if not (is_number(self.final_factor) and 0 <= self.final_factor <= 1):
+            raise ValueError(f"final_factor must be in [0, 1], got {self.final_factor!r}")
 
     def decayed(self, step: int) -> float:
         """From 1 to ``final_factor``."""
@@ -119,8 +120,13 @@ class InverseSquareRoot(Schedule):
 
 
 def _check_steps(name: str, steps: int) -> None:
-    if not isinstance(steps, int) or steps < 0:
+    if type(steps) is not int or steps < 0:
         raise ValueError(f"{name} must be a whole number >= 0, got {steps!r}")
+
+
+def is_number(value: object) -> bool:
+    """A real one; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def warmup_cosine(
@@ -141,7 +147,7 @@ def warmup_cosine(
         last_epoch: As in torch: the step before the one to begin with.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or none.
     """
     return LambdaLR(optimizer, Cosine(warmup_steps, total_steps, final_factor), last_epoch)
 
@@ -154,7 +160,11 @@ def warmup_linear(
     *,
     last_epoch: int = -1,
 ) -> LambdaLR:
-    """Linear warm-up, then a straight line; arguments as in ``warmup_cosine``."""
+    """Linear warm-up, then a straight line; arguments as in ``warmup_cosine``.
+
+    Raises:
+        ValueError: A number is out of range, or none.
+    """
     return LambdaLR(optimizer, Linear(warmup_steps, total_steps, final_factor), last_epoch)
 
 
@@ -170,6 +180,9 @@ def warmup_stable_decay(
     """Linear warm-up, the full rate, and a straight line in the last ``decay_steps``.
 
     The other arguments are those of ``warmup_cosine``.
+
+    Raises:
+        ValueError: A number is out of range, or none.
     """
     schedule = WarmupStableDecay(warmup_steps, total_steps, final_factor, decay_steps)
     return LambdaLR(optimizer, schedule, last_epoch)
@@ -178,5 +191,11 @@ def warmup_stable_decay(
 def warmup_inverse_sqrt(
     optimizer: Optimizer, warmup_steps: int, *, last_epoch: int = -1
 ) -> LambdaLR:
-    """Linear warm-up, then as one over the square root of the step, without an end."""
+    """Linear warm-up, then as one over the square root of the step, without an end.
+
+    Arguments as in ``warmup_cosine``.
+
+    Raises:
+        ValueError: A number is out of range, or none.
+    """
     return LambdaLR(optimizer, InverseSquareRoot(warmup_steps), last_epoch)
