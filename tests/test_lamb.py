@@ -182,10 +182,23 @@ def test_says_who_steps_and_stores_no_coded_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (1.0, 0.9)}, {"weight_decay": -1.0}], ids=str
+    ("options", "text"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"lr": "a"}, "Invalid learning rate: 'a'"),
+        ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
+        ({"eps": -1.0}, "Invalid epsilon value: -1.0"),
+        ({"eps": None}, "Invalid epsilon value: None"),
+        ({"betas": 0.9}, "betas must be two numbers, got 0.9"),
+        ({"betas": (0.9,)}, r"betas must be two numbers, got \(0.9,\)"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"betas": (0.9, "b")}, "Invalid beta parameter at index 1: 'b'"),
+        ({"weight_decay": "c"}, "Invalid weight_decay value: 'c'"),
+    ],
+    ids=str,
 )
-def test_hyperparameters_are_checked(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="Invalid"):
+def test_hyperparameters_are_checked(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
         optim.LAMB([torch.nn.Parameter(torch.ones(1))], **options)
 
 

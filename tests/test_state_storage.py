@@ -407,6 +407,7 @@ def test_a_backend_without_codes_says_so() -> None:
         ({"param_precision": "exact"}, "param_precision must be one of .*, got 'exact'"),
         ({"min_8bit_size": -1}, "Invalid min_8bit_size value: -1"),
         ({"rounding_seed": 0.5}, "Invalid rounding_seed value: 0.5"),
+        ({"rounding_seed": True}, "Invalid rounding_seed value: True"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], text: str) -> None:

@@ -331,6 +331,19 @@ def test_a_scaled_step_reports_the_unscaled_norm_and_leaves_what_the_update_saw(
     assert (param.grad == 16).all() and optimizer.grad_norm == 4.0
 
 
+def test_a_scale_that_is_no_number_of_the_gradients_dtype() -> None:
+    for hooked in (False, True):
+        param = torch.nn.Parameter(torch.ones(4, dtype=torch.float16))
+        optimizer = optim.SGD([param], lr=1.0, backend="torch")
+        if hooked:
+            optimizer.register_step_pre_hook(lambda *_: None)
+        param.grad = torch.full_like(param, 3000.0)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3e6), torch.tensor(0.0)
+        optimizer.step()
+        expected = torch.full_like(param, 3000.0).mul_(1 / 3e6)
+        assert torch.equal(param.grad, expected)
+
+
 def test_averages_wait_for_a_first_gradient_and_move_without_one() -> None:
     for backend in ("cpu", "torch", "reference"):
         ours = [torch.nn.Parameter(torch.full((3,), float(i))) for i in range(3)]
@@ -504,6 +517,13 @@ def test_accumulated_gradients_are_clipped_once() -> None:
         ({"max_grad_norm": float("nan")}, ValueError, "Invalid max_grad_norm value: nan"),
         ({"clip_value": -0.5}, ValueError, "Invalid clip_value value: -0.5"),
         ({"norm_type": float("nan")}, ValueError, "Invalid norm_type value: nan"),
+        ({"max_grad_norm": "x"}, ValueError, "Invalid max_grad_norm value: 'x'"),
+        ({"clip_value": "x"}, ValueError, "Invalid clip_value value: 'x'"),
+        ({"norm_type": "x"}, ValueError, "Invalid norm_type value: 'x'"),
+        ({"norm_type": None}, ValueError, "Invalid norm_type value: None"),
+        ({"ema_decay": "x"}, ValueError, "Invalid decay value 'x' provided"),
+        ({"zero_grad_after_step": "yes"}, ValueError, "Invalid zero_grad_after_step value: 'yes'"),
+        ({"error_if_nonfinite": 1}, ValueError, "Invalid error_if_nonfinite value: 1"),
         ({"ema_decay": 1.5}, ValueError, "Invalid decay value 1.5 provided"),
         ({"max_norm": 1.0}, TypeError, "AdamW.__init__.. got an unexpected .* 'max_norm'"),
     ],
@@ -512,6 +532,10 @@ def test_accumulated_gradients_are_clipped_once() -> None:
 def test_bad_options(options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         optim.AdamW([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_the_norm_of_infinite_order_by_its_name() -> None:
+    assert optim.SGD([torch.nn.Parameter(torch.ones(2))], norm_type="inf").norm_type == torch.inf
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

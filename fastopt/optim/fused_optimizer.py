@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, TypedDict
 
 import torch
@@ -242,19 +243,24 @@ class FusedOptimizer(Optimizer):
         coding_of(torch.empty(0), 0, self.state_storage, self.param_precision, 0)
         for name in ("min_8bit_size", "rounding_seed"):
             value = getattr(self, name)
-            if not isinstance(value, int) or not 0 <= value < 2**63:
-                raise ValueError(f"Invalid {name} value: {value}")
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"Invalid {name} value: {value!r}")
+        for name in ("error_if_nonfinite", "zero_grad_after_step"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"Invalid {name} value: {value!r}")
         for name in ("max_grad_norm", "clip_value"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"Invalid {name} value: {value}")
-        self.norm_type = float(self.norm_type)
-        if math.isnan(self.norm_type):
-            raise ValueError(f"Invalid norm_type value: {self.norm_type}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
+            if value is not None and not (_is_number(value) and value >= 0):
+                raise ValueError(f"Invalid {name} value: {value!r}")
+        order: Any = self.norm_type  # "inf" too, as in torch
+        if not (_is_number(order) or order == "inf") or math.isnan(float(order)):
+            raise ValueError(f"Invalid norm_type value: {order!r}")
+        self.norm_type = float(order)
+        decay = self.ema_decay
+        if decay is not None and not (_is_number(decay) and 0 <= decay <= 1):
             raise ValueError(
-                f"Invalid decay value {self.ema_decay} provided. "
-                "Please provide a value in [0,1] range."
+                f"Invalid decay value {decay!r} provided. Please provide a value in [0,1] range."
             )
 
     @observed
@@ -441,17 +447,22 @@ def check_hyperparameters(
     """
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not lr >= 0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not eps >= 0:
-        raise ValueError(f"Invalid epsilon value: {eps}")
-    if len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas}")
+    if not (_is_number(lr) and lr >= 0):
+        raise ValueError(f"Invalid learning rate: {lr!r}")
+    if not (_is_number(eps) and eps >= 0):
+        raise ValueError(f"Invalid epsilon value: {eps!r}")
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
     for index, beta in enumerate(betas):
-        if not 0 <= beta < 1:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if not weight_decay >= 0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        if not (_is_number(beta) and 0 <= beta < 1):
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta!r}")
+    if not (_is_number(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"Invalid weight_decay value: {weight_decay!r}")
+
+
+def _is_number(value: object) -> bool:
+    """A real one, or a tensor, which may be one."""
+    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
 
 
 def weight_decay_of(group: ParamGroup, decoupled: bool) -> tuple[WeightDecay, float | Tensor]:
