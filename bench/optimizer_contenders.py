@@ -162,8 +162,8 @@ def _deepspeed(case: OptimizerCase) -> Step | None:
 
 # Rounding once per stored value and step, three steps.
 PARITY = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-# Where a sum is rounded otherwise, so may a code be, by an eighth of a step; and Muon's products are
-# those of bf16 on some machines.
+# Where a sum is rounded otherwise, so may a code be, by an eighth of a step; and on some machines
+# Muon's products are those of bf16.
 ROUGH_PARITY = 5e-4
 
 
