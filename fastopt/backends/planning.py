@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.backends import state_codes
+from fastopt.backends import spread_state, state_codes
 from fastopt.backends.contract import (
     AVERAGE,
     PRODUCT,
@@ -85,10 +85,10 @@ def make_coded_state(optimizer: SteppedOptimizer, rules: Sequence[UpdateRule]) -
             optimizer._has_coded |= coding is not None
             state = optimizer.state.get(param)
             if state and optimizer._has_coded:
-                state_codes.bring_to(state, keys, param, coding, rule.name)
+                spread_state.bring_to(state, keys, param, coding, rule.name)
             if coding is not None and param.grad is not None:
                 state = optimizer.state[param]
-                if made := state_codes.add_missing(state, keys, param, coding):
+                if made := spread_state.add_missing(state, keys, param, coding):
                     created[id(param)] = param, made
     return created
 

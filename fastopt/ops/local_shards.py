@@ -19,6 +19,7 @@ from fastopt.backends.contract import (
     Backend,
     Created,
     OptimizerPlan,
+    ParamGroup,
     Refusal,
     SteppedOptimizer,
     Tail,
@@ -26,11 +27,8 @@ from fastopt.backends.contract import (
 )
 from fastopt.backends.plain_tensors import is_dtensor
 from fastopt.backends.planning import bump_versions
-
-
-def local_of(tensor: Any) -> Any:
-    """This rank's part of a ``DTensor``; anything else as it is."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+from fastopt.backends.spread_state import local_of, parts_of
+from fastopt.backends.state_codes import StateCoding
 
 
 def plan_step(
@@ -67,9 +65,18 @@ class LocalOptimizer:
         self._whole = weakref.ref(optimizer)  # a plan does not keep its optimizer alive
         self.param_groups = [{**g, "params": list(g["params"])} for g in optimizer.param_groups]
         self.state: dict[Tensor, dict[str, Any]] = {}
+        self._whole_params: dict[int, Tensor] = {}
         for member in members:
             self.param_groups[member.group]["params"][member.place] = member.local
-            self.state[member.local] = {key: local for key, _, local in member.state}
+            self.state[member.local] = member.parts
+            self._whole_params[id(member.local)] = member.param
+
+    def _coding(self, group: ParamGroup, param: Tensor) -> StateCoding | None:
+        """That of the whole parameter, whose size counts."""
+        coding: StateCoding | None = self._whole()._coding(  # type: ignore[union-attr]
+            group, self._whole_params.get(id(param), param)
+        )
+        return coding
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._whole(), name)
@@ -84,6 +91,7 @@ class Member:
         self.local: Tensor = local_of(self.param)
         state = optimizer.state.get(self.param, {})
         self.state = [(key, value, local_of(value)) for key, value in state.items()]
+        self.parts = parts_of(state, self.param)
 
     def is_current(self, optimizer: SteppedOptimizer) -> bool:
         """Whether all tensors are the same ones still."""

@@ -30,10 +30,11 @@ from fastopt.backends.planning import (
     stays_on_device,
     undo_state,
 )
+from fastopt.backends.spread_state import local_of, takes_codes
 from fastopt.backends.state_codes import STORAGE_OPTIONS
 from fastopt.backends.stock import TorchPlan, zero_gradients
 from fastopt.ops.grad_norm import clip_coefficient, refuse_nonfinite
-from fastopt.ops.local_shards import local_of, plan_step
+from fastopt.ops.local_shards import plan_step
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -342,6 +343,6 @@ def requests(
         grad = local_of(param.grad) if with_gradients else None
         step, product = state.get("step"), state.get(PRODUCT)
         coding = optimizer._coding(group, param)
-        if coding is None and rule.name not in WHOLE_RULES:  # codes are of whole tensors too
+        if rule.name not in WHOLE_RULES and (coding is None or takes_codes(param)):
             param = local_of(param)
         yield ParameterRequest(param, grad, slots, step, rule.name, group, product, coding)
