@@ -118,6 +118,14 @@ def quadratic() -> tuple[torch.nn.Parameter, Any, Any]:
     return param, optimizer, step
 
 
+def test_the_steepest_fall_is_not_that_from_a_peak() -> None:
+    smoothed = [6.0, 5.8, 5.0, 4.9, 8.0, 6.0, 5.5]
+    lrs = [10.0**-place for place in range(7, 0, -1)]
+    assert optim.LrRange(lrs, smoothed, smoothed).steepest == lrs[1]
+    rising = [1.0, 2.0, 3.0, 2.0]
+    assert optim.LrRange(lrs[:4], rising, rising).steepest == lrs[1]
+
+
 def test_the_range_test_finds_where_the_loss_falls_and_puts_everything_back() -> None:
     param, optimizer, step = quadratic()
     step()

@@ -32,16 +32,17 @@ class LrRange:
 
     @property
     def steepest(self) -> float:
-        """The rate at which the smoothed loss fell fastest in a factor of the rate: a good choice.
+        """The rate at which the smoothed loss fell fastest on its way to its lowest: a good choice.
 
         Raises:
             ValueError: Fewer than three rates were tried before the loss diverged.
         """
         if len(self.lrs) < 3:
             raise ValueError(f"a slope needs three losses, got {len(self.lrs)}")
-        falls = [
+        lowest = min(range(len(self.lrs)), key=self.smoothed.__getitem__)
+        falls = [  # not where it only comes down from a peak that the rate has made
             self.smoothed[place - 1] - self.smoothed[place + 1]
-            for place in range(1, len(self.lrs) - 1)
+            for place in range(1, max(2, min(lowest, len(self.lrs) - 2) + 1))
         ]
         return self.lrs[1 + max(range(len(falls)), key=falls.__getitem__)]
 
