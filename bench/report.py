@@ -12,7 +12,7 @@ from bench.cases import BEST_OF_STOCK, Case
 from bench.gpu import gpu_table
 from bench.operators import OPERATORS, OPTIMIZERS, Operator
 from bench.optimizer_cases import OWN_FP32, OptimizerCase
-from bench.results import ROOT, Measured, Result, Training
+from bench.results import ROOT, Losses, Measured, Memory, Result
 from bench.support import support_table
 from bench.timing import OURS
 
@@ -124,7 +124,7 @@ def _machine(result: Result) -> str:
     return f"{machine['processor']}, {machine['instruction_set']}, torch {machine['torch']}"
 
 
-def _state(measured: Measured | Training) -> str:
+def _state(measured: Measured | Losses | Memory) -> str:
     """Of the sources that were measured."""
     return f"fastopt {measured['fastopt']} at {measured['commit']}, {measured['date']}"
 
@@ -217,10 +217,12 @@ def optimizers_page(text: str) -> str:
     for path in committed_results():
         result = results.load(path)
         parts["storage"] += storage_table(result)
-        if measured := result.get("training"):
-            state = f"{_machine(result)}, {_state(measured)}."
-            parts["losses"] += [state, "", training.loss_table(measured), ""]
-            parts["memory"] += [state, "", training.memory_table(measured), ""]
+        if losses := result.get("losses"):
+            state = f"{_machine(result)}, {_state(losses)}."
+            parts["losses"] += [state, "", training.loss_table(losses), ""]
+        if memory := result.get("memory"):
+            state = f"{_machine(result)}, {_state(memory)}."
+            parts["memory"] += [state, "", training.memory_table(memory), ""]
     for name, lines in parts.items():
         text = _between(name, "\n".join(lines), text)
     return text

@@ -38,19 +38,23 @@ class Measured(TypedDict):
     processes: list[Process]
 
 
-class Training(TypedDict):
-    """What ``bench.training`` measured.
-
-    ``losses`` has, by program, for each seed the loss of each way to store parameters and state;
-    ``memory`` the peak of each way to train a model of so many ``parameters``, in bytes.
-    """
+class Losses(TypedDict):
+    """By program, for each seed the validation loss of each way to store."""
 
     fastopt: str
     commit: str
     date: str
-    losses: dict[str, list[dict[str, float]]]
-    memory: dict[str, int]
+    programs: dict[str, list[dict[str, float]]]
+
+
+class Memory(TypedDict):
+    """The peak of each way to train a model of so many parameters, in bytes."""
+
+    fastopt: str
+    commit: str
+    date: str
     parameters: int
+    peaks: dict[str, int]
 
 
 class Result(TypedDict):
@@ -58,7 +62,8 @@ class Result(TypedDict):
 
     machine: dict[str, Any]
     cases: dict[str, Measured]
-    training: NotRequired[Training]
+    losses: NotRequired[Losses]
+    memory: NotRequired[Memory]
 
 
 class OtherMachineError(Exception):

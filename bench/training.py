@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from bench import probes, results
-from bench.results import ROOT, Training
+from bench.results import ROOT, Losses, Memory
 from fastopt import nn as fast_nn
 from fastopt import optim
 
@@ -166,26 +166,28 @@ def _memory_in_process(way: str) -> tuple[int, int]:
     return growth, parameters
 
 
-def measure(quick: bool) -> Training:
-    """All of it."""
-    losses: dict[str, list[dict[str, float]]] = {}
+def measure_losses(quick: bool) -> Losses:
+    """Trains all programs, with all seeds."""
+    programs: dict[str, list[dict[str, float]]] = {}
     for program in PROGRAMS:
         for seed in SEEDS[:1] if quick else SEEDS:
             print(f"{program}, seed {seed}", file=sys.stderr, flush=True)
-            losses.setdefault(program, []).append(validation_losses(program, seed, quick))
-    memory = {way: _memory_in_process(way) for way in MEMORY_WAYS}
-    return {
-        **results.provenance(),  # type: ignore[typeddict-item]
-        "losses": losses,
-        "memory": {way: growth for way, (growth, _) in memory.items()},
-        "parameters": memory[STOCK][1],
-    }
+            programs.setdefault(program, []).append(validation_losses(program, seed, quick))
+    return {**results.provenance(), "programs": programs}  # type: ignore[typeddict-item]
 
 
-def loss_table(training: Training) -> str:
+def measure_memory() -> Memory:
+    """Each way in a process of its own."""
+    found = {way: _memory_in_process(way) for way in MEMORY_WAYS}
+    peaks = {way: growth for way, (growth, _) in found.items()}
+    _, parameters = found[STOCK]
+    return {**results.provenance(), "parameters": parameters, "peaks": peaks}  # type: ignore[typeddict-item]
+
+
+def loss_table(losses: Losses) -> str:
     """Mean validation losses, and how far each way is from fp32 at its worst seed."""
-    programs = list(training["losses"])
-    seeds = len(training["losses"][programs[0]])
+    programs = list(losses["programs"])
+    seeds = len(losses["programs"][programs[0]])
     heads = [f"{program}: loss | against fp32" for program in programs]
     lines = [
         f"Validation losses, means of {seeds} seeds; in brackets the seed that is furthest from "
@@ -196,7 +198,7 @@ def loss_table(training: Training) -> str:
     ]
     for way in WAYS:
         cells = [way]
-        for runs in training["losses"].values():
+        for runs in losses["programs"].values():
             changes = [run[way] / run[EXACT] - 1 for run in runs]
             furthest = max(changes, key=abs)
             cells.append(f"{fmean(run[way] for run in runs):.4f}")
@@ -205,20 +207,20 @@ def loss_table(training: Training) -> str:
     return "\n".join(lines)
 
 
-def memory_table(training: Training) -> str:
+def memory_table(memory: Memory) -> str:
     """Peak memory, and how far it is under stock's."""
-    stock = training["memory"][STOCK]
+    stock = memory["peaks"][STOCK]
     shape = MEMORY_SHAPE
     lines = [
         f"What three steps add to a process at its highest; the language model with a width of "
-        f"{shape['width']} and {shape['layers']} layers, {training['parameters'] / 1e6:.1f} "
+        f"{shape['width']} and {shape['layers']} layers, {memory['parameters'] / 1e6:.1f} "
         f"million parameters, {shape['batch_size']} x {shape['context']} tokens.",
         "",
         "| AdamW | peak, MiB | bytes per parameter | under stock |",
         "|---|---:|---:|---:|",
     ]
-    for way, growth in training["memory"].items():
-        each = growth / training["parameters"]
+    for way, growth in memory["peaks"].items():
+        each = growth / memory["parameters"]
         lines.append(f"| {way} | {growth / 2**20:.0f} | {each:.1f} | {1 - growth / stock:.0%} |")
     return "\n".join(lines)
 
@@ -232,6 +234,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="file of results to add this to")
     parser.add_argument("--quick", action="store_true", help="the examples' smallest sizes")
+    parser.add_argument("--part", choices=["losses", "memory"], help="instead of both")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -241,11 +244,16 @@ def main() -> None:
         kept = results.to_extend(arguments.output)
     except results.OtherMachineError as error:
         parser.error(str(error))
-    training = measure(arguments.quick)
+    tables = []
+    if arguments.part != "memory":
+        kept["losses"] = measure_losses(arguments.quick)
+        tables.append(loss_table(kept["losses"]))
+    if arguments.part != "losses":
+        kept["memory"] = measure_memory()
+        tables.append(memory_table(kept["memory"]))
     if arguments.output:
-        kept["training"] = training
         results.save(kept, arguments.output)
-    print(loss_table(training), memory_table(training), sep="\n\n")
+    print(*tables, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -191,3 +191,18 @@ def train(
             grad = gradient(random(tuple(param.shape), param.dtype, generator))
             param.grad = None if (step + index) % 3 == 2 else grad
         optimizer.step()
+
+
+class StoredCase(NamedTuple):
+    """An optimizer by name, how its state and parameters are stored, what surrounds its step."""
+
+    maker: str
+    dtype: torch.dtype
+    storage: str | None
+    precision: str | None
+    tail: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For pytest."""
+        return "-".join(str(part) for part in (*self[:4], "tail" if self.tail else "plain"))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from cards import CARD_BACKENDS, DEVICE, IS_SIMULATED, card, over_cards  # noqa: F401
+from cases import StoredCase
 from fastopt import optim
 from fastopt.ops import optimizer_step as operator
 
@@ -42,32 +43,15 @@ MAKERS: dict[str, Callable[..., Any]] = {
 DIVIDES = ("Adam", "amsgrad")  # on a card Triton divides less exactly
 
 
-class Case(NamedTuple):
-    """An optimizer and how its state is stored."""
-
-    maker: str
-    dtype: torch.dtype
-    storage: str | None
-    precision: str | None
-    tail: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """For pytest."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        words = [self.maker, dtype, self.storage, self.precision, "tail" if self.tail else None]
-        return " ".join(word for word in words if word)
-
-    def make(self, params: Params, backend: str, **more: Any) -> Any:
-        """The optimizer."""
-        return MAKERS[self.maker](
-            params, backend=backend, state_storage=self.storage, param_precision=self.precision,
-            min_8bit_size=200, rounding_seed=2**40 + 7, **self.tail, **more,
-        )  # fmt: skip
+def make(case: StoredCase, params: Params, backend: str, **more: Any) -> Any:
+    return MAKERS[case.maker](
+        params, backend=backend, state_storage=case.storage, param_precision=case.precision,
+        min_8bit_size=200, rounding_seed=2**40 + 7, **case.tail, **more,
+    )  # fmt: skip
 
 
 CASES = [
-    Case(maker, dtype, storage, precision, tail)
+    StoredCase(maker, dtype, storage, precision, tail)
     for maker in MAKERS
     for dtype, storage, precision in (
         (torch.float32, "bf16", None),
@@ -84,14 +68,14 @@ CASES = [
     if storage or precision
     for tail in ({}, TAIL)
 ]
-MOMENTUM_8BIT = Case("momentum", torch.bfloat16, "8bit", "stochastic", {})
+MOMENTUM_8BIT = StoredCase("momentum", torch.bfloat16, "8bit", "stochastic", {})
 
 
 def device_of(backend: str) -> str:
     return DEVICE if backend in CARD_BACKENDS else "cpu"
 
 
-def parameters(case: Case, backend: str, shapes: tuple[tuple[int, ...], ...]) -> Params:
+def parameters(case: StoredCase, backend: str, shapes: tuple[tuple[int, ...], ...]) -> Params:
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator).to(case.dtype) for shape in shapes]
     return [torch.nn.Parameter(value.to(device_of(backend))) for value in values]
@@ -129,18 +113,18 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(left, right)
 
 
-def assert_as_on_the_cpu(case: Case, backend: str, *shapes: tuple[int, ...]) -> None:
+def assert_as_on_the_cpu(case: StoredCase, backend: str, *shapes: tuple[int, ...]) -> None:
     results = []
     for where in (backend, "cpu"):
         params = parameters(case, where, shapes)
-        optimizer = case.make(params, where)
+        optimizer = make(case, params, where)
         train(optimizer, params)
         results.append(everything(optimizer, params))
     assert_same_bits(*results)
 
 
 @over_cards("case", CASES, sample=11)
-def test_the_bits_are_those_of_the_cpu(backend: str, case: Case) -> None:
+def test_the_bits_are_those_of_the_cpu(backend: str, case: StoredCase) -> None:
     if backend == "triton" and not IS_SIMULATED and case.maker in DIVIDES:
         pytest.skip("Triton divides less exactly")
     few = IS_SIMULATED and backend == "triton"
@@ -153,7 +137,7 @@ def test_the_bits_are_those_of_the_cpu(backend: str, case: Case) -> None:
 def test_any_dense_layout_of_parameters_and_any_of_gradients(
     backend: str, layout: str, tail: dict[str, Any]
 ) -> None:
-    case = Case("momentum", torch.bfloat16, "8bit", "master", tail)
+    case = StoredCase("momentum", torch.bfloat16, "8bit", "master", tail)
     results = []
     for where in (backend, "cpu"):
         device = device_of(where)
@@ -166,7 +150,7 @@ def test_any_dense_layout_of_parameters_and_any_of_gradients(
             param = torch.nn.Parameter(buffer[1:].view(30, 40).copy_(values))
         else:
             param = torch.nn.Parameter(values)
-        optimizer = case.make([param], where)
+        optimizer = make(case, [param], where)
         for _ in range(3):
             grad = gradient(param.shape, case.dtype, generator).to(device)
             if layout == "strided gradient":
@@ -189,12 +173,12 @@ def test_a_skipped_step_draws_and_counts_nothing(
         pytest.skip("Triton divides less exactly")
     monkeypatch.setattr(operator, "stays_on_device", lambda optimizer, verdict: counted_on_card)
     maker, more = ("Adam", {"capturable": True}) if counted_on_card else ("Lion", {})
-    case = Case(maker, torch.bfloat16, "bf16", "stochastic", {"zero_grad_after_step": True})
+    case = StoredCase(maker, torch.bfloat16, "bf16", "stochastic", {"zero_grad_after_step": True})
     results = []
     for where, verdicts in ((backend, (1, 0, 1, 0)), ("cpu", (0, 0))):
         generator = torch.Generator().manual_seed(3)
         params = parameters(case, where, ((700,),))
-        optimizer = case.make(params, where, **(more if where == backend else {}))
+        optimizer = make(case, params, where, **(more if where == backend else {}))
         for verdict in verdicts:
             device = params[0].device
             if verdict:
@@ -218,11 +202,11 @@ def test_more_tensors_than_one_launch_takes_and_several_storages(backend: str) -
 
 @pytest.mark.parametrize("backend", CARD_BACKENDS)
 def test_averages_of_parameters_without_gradients(backend: str) -> None:
-    case = Case("momentum", torch.bfloat16, "8bit", "master", {"ema_decay": 0.5})
+    case = StoredCase("momentum", torch.bfloat16, "8bit", "master", {"ema_decay": 0.5})
     results = []
     for where in (backend, "cpu"):
         params = parameters(case, where, ((300,), (520,)))
-        optimizer = case.make(params, where)
+        optimizer = make(case, params, where)
         train(optimizer, params, steps=1)
         for _ in range(2):
             params[0].grad = None

@@ -415,3 +415,9 @@ def test_a_hundred_layers_take_no_second() -> None:
     conversion = fastopt.convert(model)
     assert time.perf_counter() - begin < 1
     assert len(conversion.changed) == 200
+
+
+@pytest.mark.parametrize("change", [fastopt.convert, fastopt.revert])
+def test_what_is_no_module_is_named(change: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got 3"):
+        change(3)

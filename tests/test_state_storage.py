@@ -6,7 +6,7 @@ import copy
 import io
 import itertools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastopt
 from cards import DEVICE, card, over_cards  # noqa: F401
+from cases import StoredCase
 from fastopt import optim
 from fastopt.backends import state_codes
 from fastopt.backends.state_codes import ParamCode
@@ -69,23 +70,8 @@ def meant(optimizer: Any, param: Tensor, rule: str) -> list[Tensor]:
     return state_codes.read(param.detach(), [state[key] for key in keys], coded, rule)
 
 
-class Case(NamedTuple):
-    """An optimizer, how its state is stored, and what surrounds its step."""
-
-    maker: str
-    dtype: torch.dtype
-    storage: str | None
-    precision: str | None
-    tail: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """For pytest."""
-        return "-".join(str(part) for part in (*self[:4], "tail" if self.tail else "plain"))
-
-
 CASES = [
-    Case(maker, *stored, tail)
+    StoredCase(maker, *stored, tail)
     for maker in MAKERS
     for stored in (
         (torch.float32, "bf16", None),
@@ -98,18 +84,18 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_steps_as_the_reference_does(case: Case) -> None:
+def test_steps_as_the_reference_does(case: StoredCase) -> None:
     assert_steps_as_the_reference(case, parameters(case.dtype))
 
 
 @pytest.mark.usefixtures("card")
 @over_cards("case", CASES, sample=15)
-def test_a_card_steps_as_the_reference_does(backend: str, case: Case) -> None:
+def test_a_card_steps_as_the_reference_does(backend: str, case: StoredCase) -> None:
     params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in parameters(case.dtype)]
     assert_steps_as_the_reference(case, params, backend=backend)
 
 
-def assert_steps_as_the_reference(case: Case, params: Params, **more: Any) -> None:
+def assert_steps_as_the_reference(case: StoredCase, params: Params, **more: Any) -> None:
     """From the same state, which two steps have made, with the same random numbers."""
     name, dtype, storage, precision, tail = case
     optimizer = MAKERS[name](
@@ -360,8 +346,10 @@ def test_the_storage_may_change_between_two_steps() -> None:
     params = parameters(torch.float32, ((9000,),))
     optimizer = optim.AdamW(params)
     train(optimizer, params)
-    for storage in ("8bit", "bf16", "fp32", None):
+    for storage in ("8bit", None, "bf16", None, "fp32", "8bit", "bf16", "fp32", None):
         optimizer.state_storage = storage
+        (row,) = fastopt.explain(optimizer).parameters
+        assert row.backend == "cpu"  # nothing falls to torch because of the state that is there
         train(optimizer, params, steps=1)
         wanted = {"8bit": torch.uint8, "bf16": torch.bfloat16}.get(storage or "", torch.float32)
         assert optimizer.state[params[0]]["exp_avg_sq"].dtype is wanted

@@ -2,6 +2,8 @@
 
 #include "cpu/grad_norm.h"
 
+#include <algorithm>
+
 #include "core/norm_orders.h"
 #include "cpu/portions.h"
 #include "cpu/simd.h"
@@ -82,12 +84,10 @@ template <class Visitor>
 void for_each_chunk(const GradBatch& batch, const Visitor& visit) {
   const int64_t threads = useful_threads(batch.chunk_count * kNormTiles, batch.threads);
   for_each_portion(threads, batch.chunk_count, [&](int64_t begin, int64_t end) {
-    int64_t low = 0, high = batch.task_count;  // the last task that starts at or before `begin`
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (batch.tasks[middle].first_chunk <= begin ? low : high) = middle;
-    }
-    for (const GradTask* task = batch.tasks + low; begin < end; ++task) {
+    const auto is_behind = [](int64_t c, const GradTask& task) { return c < task.first_chunk; };
+    const GradTask* const behind =
+        std::upper_bound(batch.tasks, batch.tasks + batch.task_count, begin, is_behind);
+    for (const GradTask* task = behind - 1; begin < end; ++task) {
       for (; begin < end && begin - task->first_chunk < task->chunks(); ++begin) {
         visit(*task, begin - task->first_chunk, begin);
       }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/rule_table.h"
+#include "core/with_storage.h"
 #include "cpu/portions.h"
 #include "cpu/simd.h"
 
@@ -116,28 +117,8 @@ Fold find_fold(const BoundRule& bound, std::index_sequence<kIndices...>) {
   return kFold[bound.rule];
 }
 
-// visit(a value of the storage type)
-template <class Visitor>
-auto with_storage(DType dtype, const Visitor& visit) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return visit(double{});
-    case DType::kBFloat16:
-      return visit(BFloat16{});
-    case DType::kFloat16:
-      return visit(Half{});
-    default:
-      return visit(float{});
-  }
-}
-
 void measure_tiles(const StepBatch& batch, Squares* squares, int64_t begin, int64_t end) {
-  int64_t low = 0, high = batch.task_count;  // the last task that starts at or before `begin`
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (batch.tasks[middle].first_tile <= begin ? low : high) = middle;
-  }
-  for (const StepTask* task = batch.tasks + low; begin < end; ++task) {
+  for (const StepTask* task = task_at(batch, begin); begin < end; ++task) {
     const BoundRule& bound = batch.rules[task->bound_rule];
     const Measure measure = with_storage(task->dtype, [&](auto storage) {
       return find_measure<decltype(storage)>(bound, RuleIndices{});

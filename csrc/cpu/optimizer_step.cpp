@@ -4,7 +4,6 @@
 
 #include "cpu/optimizer_step.h"
 
-#include <algorithm>
 #include <utility>
 
 #include "core/rule_table.h"
@@ -159,13 +158,9 @@ void run_tiles(const StepBatch& batch, int64_t begin, int64_t end) {
   // Parameters in double precision have no coded state.
   static constexpr Run kRunCoded[kDTypes] = {run_coded_tiles<float>, nullptr,
                                              run_coded_tiles<BFloat16>, run_coded_tiles<Half>};
-  int64_t low = 0, high = batch.task_count;  // the last task that starts at or before `begin`
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (batch.tasks[middle].first_tile <= begin ? low : high) = middle;
-  }
-  for (const StepTask* task = batch.tasks + low; begin < end; ++task) {
-    const int64_t last = std::min(end, task->first_tile + tiles_of(task->numel));
+  for (const StepTask* task = task_at(batch, begin); begin < end; ++task) {
+    const int64_t behind = task->first_tile + tiles_of(task->numel);
+    const int64_t last = end < behind ? end : behind;
     const BoundRule* bound = task->operands[kGrad] ? batch.rules + task->bound_rule : nullptr;
     const bool coded = bound && task->coding;
     const Run run = (coded ? kRunCoded : kRunPlain)[static_cast<int>(task->dtype)];

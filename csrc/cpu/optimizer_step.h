@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -63,3 +64,13 @@ struct OptimizerKernels {
 };
 
 }  // namespace fastopt
+
+FASTOPT_BEGIN_NAMESPACE
+
+// The last task that starts at or before a tile.
+inline const StepTask* task_at(const StepBatch& batch, int64_t tile) {
+  const auto is_behind = [](int64_t t, const StepTask& task) { return t < task.first_tile; };
+  return std::upper_bound(batch.tasks, batch.tasks + batch.task_count, tile, is_behind) - 1;
+}
+
+FASTOPT_END_NAMESPACE

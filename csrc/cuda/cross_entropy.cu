@@ -2,9 +2,9 @@
 
 #include <cmath>
 
+#include "core/with_storage.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/vector_access.cuh"
-#include "cuda/with_storage.cuh"
 
 namespace fastopt::cuda {
 

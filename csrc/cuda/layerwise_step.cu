@@ -3,11 +3,11 @@
 
 #include "core/norm_orders.h"
 #include "core/rule_table.h"
+#include "core/with_storage.h"
 #include "cuda/block_join.cuh"
 #include "cuda/layerwise_step.h"
 #include "cuda/task_range.cuh"
 #include "cuda/vector_access.cuh"
-#include "cuda/with_storage.cuh"
 
 namespace fastopt::cuda {
 

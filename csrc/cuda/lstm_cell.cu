@@ -1,9 +1,9 @@
 // One step of an LSTM whose products torch makes: projections, fp64, and layers that are too large
 // for the persistent kernels.
 
+#include "core/with_storage.h"
 #include "cuda/lstm.h"
 #include "cuda/lstm_recurrence.cuh"
-#include "cuda/with_storage.cuh"
 
 namespace fastopt::cuda {
 

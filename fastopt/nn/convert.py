@@ -128,8 +128,10 @@ def convert(
         or why it was left.
 
     Raises:
+        TypeError: It is no module.
         ValueError: The model has no module of a name.
     """
+    _check_model(model)
     included = None if include is None else _chosen(model, include)
     excluded = _chosen(model, exclude)
     done = []
@@ -157,7 +159,11 @@ def revert(model: Module) -> Conversion:
 
     Returns:
         As of ``convert``.
+
+    Raises:
+        TypeError: It is no module.
     """
+    _check_model(model)
     done = []
     for path, module, twin in _concerned(model):
         before, reason = _name(type(module)), _obstacle(module, twin.ours, twin)
@@ -171,6 +177,11 @@ def revert(model: Module) -> Conversion:
             module.__class__ = twin.stock
         done.append(ConvertedModule(path, before, _name(type(module)), reason))
     return Conversion(tuple(done))
+
+
+def _check_model(model: Module) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
 
 
 def _concerned(model: Module) -> Iterator[tuple[str, Module, Twin]]:

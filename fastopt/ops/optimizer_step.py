@@ -339,10 +339,12 @@ def requests(
     keys = (*optimizer._state_keys(group), AVERAGE)
     for param in group["params"]:
         state = optimizer.state.get(param, {})
-        slots = tuple([local_of(state[key]) for key in keys if isinstance(state.get(key), Tensor)])
+        coding = optimizer._coding(group, param)
+        slots = [local_of(state[key]) for key in keys if isinstance(state.get(key), Tensor)]
+        if coding is None and optimizer._has_coded:  # the others are brought to it
+            slots = [slot for slot in slots if slot.dtype == param.dtype]
         grad = local_of(param.grad) if with_gradients else None
         step, product = state.get("step"), state.get(PRODUCT)
-        coding = optimizer._coding(group, param)
         if rule.name not in WHOLE_RULES and (coding is None or takes_codes(param)):
             param = local_of(param)
-        yield ParameterRequest(param, grad, slots, step, rule.name, group, product, coding)
+        yield ParameterRequest(param, grad, tuple(slots), step, rule.name, group, product, coding)

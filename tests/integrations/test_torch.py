@@ -33,15 +33,20 @@ def converted(**options: Any) -> Classifier:
     return model
 
 
-def train(model: Any, optimizer: Any, step: Any = None, epochs: int = 2) -> list[Tensor]:
-    def eager(inputs: Tensor, classes: Tensor) -> Tensor:
+def step_of(model: Any, optimizer: Any) -> Any:
+    def step(inputs: Tensor, classes: Tensor) -> Tensor:
         loss = loss_of(model, inputs, classes)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
-    return [(step or eager)(*batch) for _ in range(epochs) for batch in loader()]
+    return step
+
+
+def train(model: Any, optimizer: Any, step: Any = None, epochs: int = 2) -> list[Tensor]:
+    step = step or step_of(model, optimizer)
+    return [step(*batch) for _ in range(epochs) for batch in loader()]
 
 
 def assert_same_losses(actual: list[Tensor], expected: list[Tensor], op: str = "mixed") -> None:
@@ -59,15 +64,7 @@ def test_a_whole_step_compiled(backend: str, dynamo: None) -> None:
     """Forward, backward and optimizer in one function; Dynamo breaks it at the backward alone."""
     model = converted()
     optimizer = optim.AdamW(model.parameters(), lr=0.01, max_grad_norm=100.0)
-
-    @torch.compile(backend=backend)
-    def step(inputs: Tensor, classes: Tensor) -> Tensor:
-        loss = loss_of(model, inputs, classes)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
+    step = torch.compile(step_of(model, optimizer), backend=backend)
     assert_same_losses(train(model, optimizer, step, epochs=1), stock_losses(epochs=1))
 
 

@@ -81,7 +81,7 @@ def refuse(request: ParameterRequest, device: str) -> str | None:
     dtype = request.param.dtype.to_real()
     if dtype in REAL_DTYPES:
         codes = native_codes(request.coding, dtype)
-        kernel = _step_kernel(request.rule, REAL_DTYPES.index(dtype), *codes)
+        _, *kernel = _step_kernel(request.rule, REAL_DTYPES.index(dtype), *codes)
         if not _can_run(request.device, *kernel):
             return NOT_LOADED
     return refuse_request(request, device)
@@ -169,11 +169,11 @@ class TritonPlan(CardPlan):
                     chunks, tasks, (rule, dtype), *record,
                     DIRECTION=getattr(functions, direction), LAYOUT=layout, SLOTS=slots, **tiles,
                 )  # fmt: skip
-            kernel, *variant = _step_kernel(rule, dtype, code, param_code)
+            operator, kernel, *variant = _step_kernel(rule, dtype, code, param_code)
             if code != SlotCode.AS_PARAMETER:
                 tiles = _coded_tiles(rule, dtype, code, param_code)
             self._run(
-                kernel, chunks, variant, *record,
+                kernel, chunks, variant, *record, operator=operator,
                 UPDATE=getattr(functions, rule), LAYOUT=layout, SLOTS=slots, **tiles,
             )  # fmt: skip
         return written
@@ -221,7 +221,7 @@ class TritonPlan(CardPlan):
 def _tiles(dtype: int) -> dict[str, Any]:
     """The constants of kernels that read a chunk, and their warps."""
     return {
-        "STORED": launch.kernels("optimizer_step").STORAGE[dtype],
+        "STORED": launch.kernels("tasks").STORAGE[dtype],
         "CHUNK": _native_cpu.chunk,
         "WIDE": WIDE_BYTES // REAL_DTYPES[dtype].itemsize,
         "ELEMENTS": ELEMENTS,
@@ -230,10 +230,10 @@ def _tiles(dtype: int) -> dict[str, Any]:
 
 
 def _step_kernel(rule: str, dtype: int, code: int, param_code: int) -> tuple[Any, ...]:
-    """The kernel of a step, and what its constants hang on."""
+    """The kernel of a step, after its file, and what its constants hang on."""
     if code == SlotCode.AS_PARAMETER:
-        return "_optimizer_step_kernel", rule, dtype
-    return "_coded_step_kernel", rule, dtype, code, param_code
+        return "optimizer_step", "_optimizer_step_kernel", rule, dtype
+    return "coded_step", "_coded_step_kernel", rule, dtype, code, param_code
 
 
 def _coded_tiles(rule: str, dtype: int, code: int, param_code: int) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def _coded_tiles(rule: str, dtype: int, code: int, param_code: int) -> dict[str,
         "POSITIVE": _native_cpu.update_rules[rule][2],
         "CODE": int(code),
         "PARAM_CODE": int(param_code),
-        "STORED": launch.kernels("optimizer_step").STORAGE[dtype],
+        "STORED": launch.kernels("tasks").STORAGE[dtype],
         "SLOT_STORED": launch.kernels("state_codes").SLOT_TYPES[code],
         "CHUNK": _native_cpu.chunk,
         "TILE": CODED_TILE,
