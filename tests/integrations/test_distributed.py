@@ -521,7 +521,7 @@ def test_torchrun_restarts_and_resumes_with_identical_losses(tmp_path: Path) -> 
             "DIES": str(int(dies)),
             "PYTHONPATH": os.pathsep.join([root, str(Path(__file__).parent)]),
         }
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         written.append((folder / "losses").read_text().splitlines())
     assert written[0][:2] == written[1][:2]
