@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import measured_table, results, training
+from bench import distributed, measured_table, results, training
 from bench.cases import BEST_OF_STOCK, Case
 from bench.gpu import gpu_table
 from bench.operators import OPERATORS, OPTIMIZERS, Operator
 from bench.optimizer_cases import OWN_FP32, OptimizerCase
-from bench.results import ROOT, Losses, Measured, Memory, Result
+from bench.results import ROOT, Distributed, Losses, Measured, Memory, Result
 from bench.support import support_table
 from bench.timing import OURS
 
@@ -124,7 +124,7 @@ def _machine(result: Result) -> str:
     return f"{machine['processor']}, {machine['instruction_set']}, torch {machine['torch']}"
 
 
-def _state(measured: Measured | Losses | Memory) -> str:
+def _state(measured: Measured | Losses | Memory | Distributed) -> str:
     """Of the sources that were measured."""
     return f"fastopt {measured['fastopt']} at {measured['commit']}, {measured['date']}"
 
@@ -206,9 +206,21 @@ def render() -> None:
     measured_table.write(on_cards)
     readme = ROOT / "README.md"
     text = _between("bench", "\n".join(parts), readme.read_text())
+    text = _between("distributed", distributed_tables(), text)
     readme.write_text(_between("support", support_table() + "\n", text))
     page = ROOT / "docs" / "optimizers.md"
     page.write_text(optimizers_page(page.read_text()))
+
+
+def distributed_tables() -> str:
+    """Steps on several processes, of every machine that measured them."""
+    parts = []
+    for path in committed_results():
+        result = results.load(path)
+        if measured := result.get("distributed"):
+            state = f"{_machine(result)}, {_state(measured)}."
+            parts += [state, "", distributed.table(measured), ""]
+    return "\n".join(parts)
 
 
 def optimizers_page(text: str) -> str:

@@ -57,6 +57,17 @@ class Memory(TypedDict):
     peaks: dict[str, int]
 
 
+class Distributed(TypedDict):
+    """Seconds of a step and the furthest loss of each contender on several processes."""
+
+    fastopt: str
+    commit: str
+    date: str
+    steps: int
+    ranks: int
+    contenders: dict[str, dict[str, float]]
+
+
 class Result(TypedDict):
     """A file: rows by name."""
 
@@ -64,6 +75,7 @@ class Result(TypedDict):
     cases: dict[str, Measured]
     losses: NotRequired[Losses]
     memory: NotRequired[Memory]
+    distributed: NotRequired[Distributed]
 
 
 class OtherMachineError(Exception):

@@ -13,6 +13,7 @@ import torch
 
 from bench import (
     attention_contenders,
+    distributed,
     gpu_operators,
     linear_cross_entropy_contenders,
     lstm_contenders,
@@ -217,6 +218,7 @@ def test_the_readmes_tables_are_the_rendered_ones() -> None:
         for _, table in report.tables(results.load(path)):
             assert table in readme
     assert support.support_table() in readme
+    assert report.distributed_tables() in readme
 
 
 def test_the_page_on_optimizers_has_what_was_measured() -> None:
@@ -247,6 +249,16 @@ def test_small_state_trains_as_fp32_does() -> None:
     for way, loss in losses.items():
         if way != "bf16 alone":
             assert_matches(torch.tensor(loss), exact, op="small state", dtype=torch.float32)
+
+
+def test_two_processes_train_the_demo_as_one_does() -> None:
+    measured = distributed.measure(quick=True)
+    assert measured["contenders"].keys() == {*distributed.STOCK, distributed.OURS}
+    for name, figures in measured["contenders"].items():
+        furthest = torch.tensor(1 + figures["furthest_loss"])
+        assert_matches(furthest, torch.ones(()), op="optimizer", dtype=torch.float32)
+        assert 0 < figures["minimum"] <= figures["median"]
+        assert f"| {name} |" in distributed.table(measured)
 
 
 def test_auto_learns_from_cards_alone_which_backend_is_faster() -> None:

@@ -1,0 +1,183 @@
+"""The demo's training spread over processes: a step's time and the losses, stock's beside ours.
+
+    python -m bench.distributed --output bench/results/x.json    # two minutes on two cores
+
+Each contender is wrapped in ``DistributedDataParallel`` over gloo and takes its turn on the same
+batches, a half of each for each of two processes with one thread. One process with stock, which
+sees whole batches, says what the losses should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from bench import results
+from bench.results import Distributed
+from bench.training import example
+
+RANKS = 2
+STEPS, QUICK_STEPS = 60, 6
+WARMUP = 2  # steps in which DDP arranges its buckets and plans are made
+STOCK = ("stock", "stock, fused")
+OURS = "fastopt"
+
+
+class LossOf(nn.Module):
+    """A model whose call is its loss: what DDP wraps has to be called, not a method of it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of inputs and targets."""
+        loss: Tensor = self.model.loss(inputs, targets)
+        return loss
+
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class Trainee:
+    """A contender with its model, wrapped, and what follows its backward pass."""
+
+    def __init__(self, contender: Any, contest: Any, wrap: Wrap) -> None:
+        torch.manual_seed(contest.recipe.seed)
+        self.model = wrap(LossOf(contest.make_model(contender)))
+        optimizer = partial(
+            contender.optimizer, self.model.parameters(), lr=contest.recipe.lr, **contender.flags
+        )
+        self.tail = contender.tail(self.model, optimizer, contest.recipe.max_grad_norm, None)
+
+    def step(self, batch: Sequence[Tensor]) -> float:
+        """A training step; returns the loss."""
+        loss = self.model(*batch)
+        loss.backward()
+        self.tail.step()
+        return float(loss.item())
+
+
+def _contest(steps: int, quick: bool) -> tuple[Any, list[Any], list[Any]]:
+    """The demo without dropout, its contenders, and batches that two processes can halve."""
+    program = example("classify_text")
+    size = program.SMOKE if quick else program.DEFAULT
+    settings = replace(size, dropout=0.0)
+    parts = example("_corpus").split(program.load(None, settings).examples, settings.recipe.seed)
+    contest = program.contest_of(program.prepare(parts, settings), settings)
+    whole = [batch for batch in contest.batches_of(0) if len(batch.targets) == settings.batch_size]
+    contenders = [one for one in program.CONTENDERS if one.name in (*STOCK, OURS)]
+    return contest, contenders, whole[:steps]
+
+
+def _losses_of_one_process(steps: int, quick: bool) -> list[float]:
+    contest, contenders, batches = _contest(steps, quick)
+    stock = next(one for one in contenders if one.name == STOCK[0])
+    trainee = Trainee(stock, contest, lambda model: model)
+    return [trainee.step(batch) for batch in batches]
+
+
+def _of_rank(rank: int, folder: Path, steps: int, quick: bool) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    contest, contenders, batches = _contest(steps, quick)
+    trainees = {one.name: Trainee(one, contest, DistributedDataParallel) for one in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in trainees}
+    losses: dict[str, list[float]] = {name: [] for name in trainees}
+    names = list(trainees)
+    for turn, batch in enumerate(batches):
+        own = [tensor.tensor_split(RANKS)[rank] for tensor in batch]
+        first = turn % len(names)  # nobody always follows the same neighbour
+        for name in names[first:] + names[:first]:
+            dist.barrier()
+            begin = time.perf_counter()
+            loss = torch.tensor(trainees[name].step(own), dtype=torch.float64)
+            dist.barrier()
+            seconds[name].append(time.perf_counter() - begin)
+            dist.all_reduce(loss)
+            losses[name].append(loss.item() / RANKS)
+    if rank == 0:
+        torch.save((seconds, losses), folder / "measured")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(quick: bool = False) -> Distributed:
+    """Trains all contenders in processes of their own, and stock in this one."""
+    steps = QUICK_STEPS if quick else STEPS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spawn(_of_rank, (folder, steps, quick), nprocs=RANKS)
+        seconds, losses = torch.load(folder / "measured")
+    alone = _losses_of_one_process(steps, quick)
+    contenders = {
+        name: {
+            "median": statistics.median(taken[WARMUP:]),
+            "minimum": min(taken[WARMUP:]),
+            "furthest_loss": max(
+                abs(mine / other - 1) for mine, other in zip(losses[name], alone, strict=True)
+            ),
+        }
+        for name, taken in seconds.items()
+    }
+    state = results.provenance()
+    return {**state, "steps": steps, "ranks": RANKS, "contenders": contenders}  # type: ignore[typeddict-item]
+
+
+def table(measured: Distributed) -> str:
+    """A step's time, and how far losses are from those of one process."""
+    contenders = measured["contenders"]
+    ours = contenders[OURS]
+    lines = [
+        f"The demo's classifier under `DistributedDataParallel` on {measured['ranks']} processes "
+        f"of one thread, {measured['steps']} steps in turns; losses against stock's on one "
+        "process.",
+        "",
+        "| | a step, ms: median | minimum | over fastopt's: median | minimum | furthest loss |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, figures in contenders.items():
+        ratios = [figures[of] / ours[of] for of in ("median", "minimum")]
+        lines.append(
+            f"| {name} | {figures['median'] * 1e3:.1f} | {figures['minimum'] * 1e3:.1f} | "
+            f"{ratios[0]:.2f} | {ratios[1]:.2f} | {figures['furthest_loss']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.distributed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, help="file of results to add this to")
+    parser.add_argument("--quick", action="store_true", help="the demo's smallest size")
+    arguments = parser.parse_args()
+    try:
+        kept = results.to_extend(arguments.output)
+    except results.OtherMachineError as error:
+        parser.error(str(error))
+    kept["distributed"] = measure(arguments.quick)
+    if arguments.output:
+        results.save(kept, arguments.output)
+    print(table(kept["distributed"]))
+
+
+if __name__ == "__main__":
+    main()
