@@ -2,7 +2,9 @@
 
 Everything is placed as its parameter is. The scales of 8-bit state belong to blocks of one rank's
 part: they are ``[shards of each dimension..., blocks]``, a row for each part, the shorter ones
-filled up with zeros, so that what is saved names the parts that it was saved from.
+filled up with zeros, so that what is saved names the parts that it was saved from. Remainders of
+masters are 16-bit integers, which neither gloo nor NCCL moves: a whole one has their bits as those
+of a bf16.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from fastopt.backends import state_codes
 from fastopt.backends.plain_tensors import is_dtensor
-from fastopt.backends.state_codes import BLOCK, StateCoding
+from fastopt.backends.state_codes import BLOCK, REMAINDERS, ParamCode, StateCoding
+
+MASTER, _ = REMAINDERS[ParamCode.MASTER]
 
 
 def local_of(tensor: Any) -> Any:
@@ -76,11 +80,16 @@ def parts_of(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     Raises:
         RuntimeError: The parameter is not spread as it was where 8-bit state comes from.
     """
-    return {
-        key: _scales_of_part(value, param) if _are_scales(key) and is_dtensor(param)
-        else local_of(value)
-        for key, value in state.items()
-    }  # fmt: skip
+    if not is_dtensor(param):
+        return {key: local_of(value) for key, value in state.items()}
+    return {key: _part(key, value, param) for key, value in state.items()}
+
+
+def _part(key: str, whole: Any, param: Tensor) -> Any:
+    if _are_scales(key):
+        return _scales_of_part(whole, param)
+    own = local_of(whole)
+    return own.view(torch.int16) if key == MASTER else own
 
 
 def _are_scales(key: str) -> bool:
@@ -115,6 +124,8 @@ def _whole(key: str, part: Tensor, param: Any) -> Tensor:
     if not is_dtensor(param) or key == "step":
         return part
     shape, stride = param.shape, param.stride()
+    if key == MASTER:
+        part = part.view(torch.bfloat16)
     if _are_scales(key):
         shape = torch.Size(_shape_of_scales(param))
         stride = torch.empty(shape, device="meta").stride()

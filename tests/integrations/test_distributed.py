@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import subprocess
@@ -15,7 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -463,6 +468,12 @@ def test_small_state_of_parts(tmp_path: Path) -> None:
     run_ranks(_small_parts, 2, tmp_path)
 
 
+def bits_of(tensor: Any) -> Tensor:
+    """Gathered; remainders of masters are no numbers, some of them not a number."""
+    whole: Tensor = tensor.full_tensor()
+    return whole.view(torch.int16) if whole.dtype is torch.bfloat16 else whole
+
+
 def _small_checkpoint(folder: Path, saves: bool) -> list[list[Tensor]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found = []
@@ -491,8 +502,7 @@ def _small_checkpoint(folder: Path, saves: bool) -> list[list[Tensor]]:
             optimizer.step()  # keeps the state as it is
         state = [optimizer.state[param] for param in params]
         tensors = [tensor for own in state for tensor in own.values() if tensor.dim()]
-        # gloo gathers no 16-bit integers.
-        found.append([tensor.to(torch.float64).full_tensor() for tensor in tensors])
+        found.append([bits_of(tensor) for tensor in tensors])
     return found
 
 
@@ -503,6 +513,54 @@ def test_small_state_of_four_ranks_loads_on_two_unless_it_has_scales(tmp_path: P
         for tensors, others in zip(loaded, saved[2:], strict=True):
             assert len(tensors) == len(others) > 0
             assert all(map(torch.equal, tensors, others))
+
+
+class Bf16(torch.nn.Module):
+    """One sharded bf16 matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.weight = torch.nn.Parameter(torch.randn(33, 20).bfloat16())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.weight
+
+
+def _gathered_masters(options: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """Whole state as one process would save it, and parameters after loading that and a step."""
+    mesh = init_device_mesh("cpu", (2,))
+    inputs = torch.randn(8, 33, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def step(model: Any, optimizer: Any) -> None:
+        model(inputs).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model = Bf16()
+    fully_shard(model, mesh=mesh)
+    optimizer = optim.AdamW(model.parameters(), **options)
+    step(model, optimizer)
+    whole_states = StateDictOptions(full_state_dict=True)
+    # Copied, as torch's optimizers load the step's very tensor.
+    own, gathered = copy.deepcopy(get_state_dict(model, optimizer, options=whole_states))
+    other = Bf16()
+    fully_shard(other, mesh=mesh)
+    others = optim.AdamW(other.parameters(), **options)
+    set_state_dict(
+        other, others, model_state_dict=own, optim_state_dict=gathered, options=whole_states
+    )
+    step(model, optimizer)
+    step(other, others)
+    return gathered["state"]["weight"], [*whole(model), *whole(other)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_masters_are_gathered_and_spread_again(tmp_path: Path) -> None:
+    options = {"lr": 0.01, "param_precision": "master"}
+    for state, (param, other) in run_ranks(_gathered_masters, 2, tmp_path, options):
+        assert torch.equal(param, other)
+        assert state["master_remainder"].shape == (33, 20)
 
 
 def test_torchrun_restarts_and_resumes_with_identical_losses(tmp_path: Path) -> None:
