@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INTEGRATIONS := $(VENV)/.integrations
+DOCS := $(VENV)/.docs
 RESULTS ?= bench/results/local.json
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -21,7 +22,7 @@ KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
 	tests/test_attention.py tests/test_attention_sequences.py tests/test_card_attention.py \
 	tests/test_card_lstm.py tests/test_cuda_lstm.py tests/test_linear_cross_entropy.py
 
-.PHONY: demo test test-integrations bench gpu lint format sanitize build clean
+.PHONY: demo test test-integrations docs bench gpu lint format sanitize build clean
 
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,15 @@ $(INTEGRATIONS): $(INSTALLED) requirements-integrations.txt
 # What frameworks would fetch is not there: models are made from configurations, data by the tests.
 test-integrations: build $(INTEGRATIONS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integrations
+
+$(DOCS): $(INSTALLED) requirements-docs.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+		--requirement requirements-docs.txt --constraint requirements-dev.txt
+	touch $@
+
+# Warnings are errors, dead links among them. The variable silences an advertisement.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,min,iqr,rounds

@@ -20,7 +20,7 @@ def main() -> None:
         type=Path,
         help="JSON file to write, say bench/results/x.json; with --only, its other rows are kept",
     )
-    parser.add_argument("--render", action="store_true", help="results to README's tables and SVGs")
+    parser.add_argument("--render", action="store_true", help="results to README, docs and SVGs")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)

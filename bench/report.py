@@ -1,4 +1,4 @@
-"""Turns committed results into the README's tables and pictures."""
+"""Turns committed results into the tables and pictures of README and docs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from bench import distributed, measured_table, results, training
 from bench.cases import BEST_OF_STOCK, Case
@@ -187,29 +189,75 @@ def gpu_results() -> list[Path]:
 
 
 def render() -> None:
-    """Writes what backends take, and tables and pictures of committed results, into the README.
+    """Writes what backends take, and tables and pictures of committed results, into the pages.
 
     Which backend a card runs fastest goes to where ``auto`` looks it up.
     """
+    for path in committed_results():
+        result = results.load(path)
+        for operator, _ in tables(result):
+            picture(result, operator, _picture_path(path, operator))
+    measured_table.write(_cards())
+    for path, text in rendered_pages().items():
+        path.write_text(text)
+
+
+def rendered_pages() -> dict[Path, str]:
+    """README and docs as they are to be: with what was measured between their marks."""
+    parts = {
+        "README.md": {"headline": headline_table()},
+        "docs/backends.md": {"support": support_table() + "\n"},
+        "docs/benchmarks.md": {"bench": benchmark_tables()},
+        "docs/frameworks.md": {"distributed": distributed_tables()},
+        "docs/optimizers.md": storage_tables(),
+    }
+    pages = {}
+    for name, marked in parts.items():
+        text = (ROOT / name).read_text()
+        for mark, part in marked.items():
+            text = _between(mark, part, text)
+        pages[ROOT / name] = text
+    return pages
+
+
+def headline_table() -> str:
+    """A row for each operator and machine: how often we are faster than stock, and by how much."""
+    lines = [
+        "| | cases | faster than stock | median | from | to | measured on |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for path in committed_results():
+        result = results.load(path)
+        for operator, _ in tables(result):
+            ratios = [row.best_of_stock[1] for row in rows_of(result, operator)]
+            wins = sum(ratio > 1 for ratio in ratios)
+            span = " | ".join(f"{f(ratios):.2f}x" for f in (median, min, max))
+            machine = f"{_machine(result)}, {result['machine']['threads']} threads"
+            lines.append(f"| {operator.group} | {len(ratios)} | {wins} | {span} | {machine} |")
+    return "\n".join(lines) + "\n"
+
+
+def benchmark_tables() -> str:
+    """Every case on every machine, with a picture for each operator."""
     parts = []
     for path in committed_results():
         result = results.load(path)
         for operator, table in tables(result):
-            svg = path.with_name(f"{path.stem}-{operator.group.lower()}.svg")
-            picture(result, operator, svg)
-            parts += [f"### {operator.group}", ""]
-            parts += [f"![speed-up]({svg.relative_to(ROOT)})", "", table, ""]
-    parts += ["### On a card", ""]
-    on_cards = [json.loads(path.read_text()) for path in gpu_results()]
-    for card in on_cards or [None]:
+            svg = _picture_path(path, operator).relative_to(ROOT)
+            heading = f"## {operator.group}, {result['machine']['processor']}"
+            parts += [heading, "", f"![speed-up](../{svg})", "", table, ""]
+    parts += ["## On a card", ""]
+    for card in _cards() or [None]:
         parts += [gpu_table(card), ""]
-    measured_table.write(on_cards)
-    readme = ROOT / "README.md"
-    text = _between("bench", "\n".join(parts), readme.read_text())
-    text = _between("distributed", distributed_tables(), text)
-    readme.write_text(_between("support", support_table() + "\n", text))
-    page = ROOT / "docs" / "optimizers.md"
-    page.write_text(optimizers_page(page.read_text()))
+    return "\n".join(parts)
+
+
+def _cards() -> list[Any]:
+    return [json.loads(path.read_text()) for path in gpu_results()]
+
+
+def _picture_path(path: Path, operator: Operator) -> Path:
+    return path.with_name(f"{path.stem}-{operator.group.lower()}.svg")
 
 
 def distributed_tables() -> str:
@@ -223,8 +271,8 @@ def distributed_tables() -> str:
     return "\n".join(parts)
 
 
-def optimizers_page(text: str) -> str:
-    """The page on optimizers with what was measured of state in fewer bytes, on every machine."""
+def storage_tables() -> dict[str, str]:
+    """What was measured of state in fewer bytes, on every machine, by the name of its marks."""
     parts: dict[str, list[str]] = {"storage": [], "losses": [], "memory": []}
     for path in committed_results():
         result = results.load(path)
@@ -235,9 +283,7 @@ def optimizers_page(text: str) -> str:
         if memory := result.get("memory"):
             state = f"{_machine(result)}, {_state(memory)}."
             parts["memory"] += [state, "", training.memory_table(memory), ""]
-    for name, lines in parts.items():
-        text = _between(name, "\n".join(lines), text)
-    return text
+    return {name: "\n".join(lines) for name, lines in parts.items()}
 
 
 def storage_table(result: Result) -> list[str]:

@@ -1,4 +1,4 @@
-"""The README's table of what each backend takes, which is what the backends answer."""
+"""The table of what each backend takes, which is what the backends answer."""
 
 from __future__ import annotations
 

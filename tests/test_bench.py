@@ -211,23 +211,36 @@ def test_picture_is_drawn_and_does_not_depend_on_the_day(tmp_path: Path) -> None
     assert b"<svg" in paths[0].read_bytes()
 
 
-def test_the_readmes_tables_are_the_rendered_ones() -> None:
+def test_tables_of_readme_and_docs_are_the_rendered_ones() -> None:
     """Nobody writes figures by hand, nor what backends take."""
-    readme = (ROOT / "README.md").read_text()
-    for path in report.committed_results():
-        for _, table in report.tables(results.load(path)):
-            assert table in readme
-    assert support.support_table() in readme
-    assert report.distributed_tables() in readme
+    for path, text in report.rendered_pages().items():
+        assert path.read_text() == text
 
 
-def test_the_page_on_optimizers_has_what_was_measured() -> None:
-    page = (ROOT / "docs" / "optimizers.md").read_text()
-    assert report.optimizers_page(page) == page
+def test_the_pages_have_what_was_measured() -> None:
+    parts = (
+        report.benchmark_tables(),
+        report.distributed_tables(),
+        *report.storage_tables().values(),
+    )
+    rendered = "".join(parts)
     for path in report.committed_results():
         result = results.load(path)
-        assert "losses" not in result or training.loss_table(result["losses"]) in page
-        assert "memory" not in result or training.memory_table(result["memory"]) in page
+        assert all(table in rendered for _, table in report.tables(result))
+        assert "losses" not in result or training.loss_table(result["losses"]) in rendered
+        assert "memory" not in result or training.memory_table(result["memory"]) in rendered
+    assert support.support_table() in (ROOT / "docs" / "backends.md").read_text()
+
+
+def test_the_headline_counts_wins_and_shows_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = old_file(ours=0.1, fused=2.0)
+    content["machine"]["threads"] = 2
+    content["cases"]["AdamW, 1 x 4096"] = old_file(ours=1.0, fused=1.0)["cases"][ADAMW]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    assert "| Optimizers | 2 | 1 | 5.25x | 0.50x | 10.00x | a proc" in report.headline_table()
 
 
 def test_tables_of_training_say_how_far_a_way_is_from_fp32() -> None:
