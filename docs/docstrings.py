@@ -1,4 +1,4 @@
-"""Docstrings for the site: their roles as Markdown, their formulas as MathML, which needs no script."""
+"""Docstrings for the site: roles as Markdown, formulas as MathML, which needs no script."""
 
 import re
 from textwrap import dedent
