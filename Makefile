@@ -56,7 +56,7 @@ $(DOCS): $(INSTALLED) requirements-docs.txt
 
 # Warnings are errors, dead links among them. The variable silences an advertisement.
 docs: $(DOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,min,iqr,rounds
