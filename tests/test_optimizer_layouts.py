@@ -6,56 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from canaries import LAYOUTS, framed
 from cases import ALL, OptimizerCase, random
 from tolerances import assert_matches
 
-CANARY = -7.0
 IDS = {"ids": lambda value: getattr(value, "name", None) or str(value).removeprefix("torch.")}
-
-
-class Framed:
-    """A view inside a larger buffer whose other elements must stay as they are."""
-
-    def __init__(self, values: Tensor, layout: str) -> None:
-        shape = values.shape
-        if layout == "contiguous":
-            self.buffer = torch.full((values.numel() + 64,), CANARY, dtype=values.dtype)
-            self.view = self.buffer[32 : 32 + values.numel()].view(shape)
-        elif layout == "misaligned":
-            self.buffer = torch.full((values.numel() + 64,), CANARY, dtype=values.dtype)
-            self.view = self.buffer[33 : 33 + values.numel()].view(shape)
-        elif layout == "transposed":
-            self.buffer = torch.full((values.numel() + 64,), CANARY, dtype=values.dtype)
-            flipped = self.buffer[32 : 32 + values.numel()].view(shape[::-1])
-            self.view = flipped.permute(*range(len(shape) - 1, -1, -1))
-        elif layout == "column slice":
-            wide = (*shape[:-1], shape[-1] + 5)
-            self.buffer = torch.full(wide, CANARY, dtype=values.dtype)
-            self.view = self.buffer[..., 3 : 3 + shape[-1]]
-        elif layout == "every other":
-            doubled = tuple(2 * size for size in shape)
-            self.buffer = torch.full(doubled, CANARY, dtype=values.dtype)
-            self.view = self.buffer[tuple(slice(1, None, 2) for _ in shape)]
-        elif layout == "channels_last":
-            self.buffer = torch.full((values.numel() + 64,), CANARY, dtype=values.dtype)
-            n, c, h, w = shape
-            stored = self.buffer[32 : 32 + values.numel()].view(n, h, w, c)
-            self.view = stored.permute(0, 3, 1, 2)
-        else:
-            raise ValueError(layout)
-        self.inside = torch.zeros(self.buffer.shape, dtype=torch.bool)
-        mask = self.inside.as_strided(
-            self.view.shape, self.view.stride(), self.view.storage_offset()
-        )
-        mask.fill_(True)
-        self.view.copy_(values)
-
-    def assert_untouched(self) -> None:
-        assert (self.buffer[~self.inside] == CANARY).all()
-
-
-LAYOUTS = ("contiguous", "misaligned", "transposed", "column slice", "every other", "channels_last")
-SHAPES = {"channels_last": (3, 5, 4, 6)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], **IDS)
@@ -66,23 +21,23 @@ def test_layouts(case: OptimizerCase, layout: str, grad_layout: str, dtype: torc
     shape = (3, 5, 4, 6) if "channels_last" in (layout, grad_layout) else (37, 29)
     generator = torch.Generator().manual_seed(0)
     values = random(shape, dtype, generator)
-    framed = Framed(values, layout)
-    param = torch.nn.Parameter(framed.view)
+    frame = framed(values, layout)
+    param = torch.nn.Parameter(frame.tensor)
     truth = torch.nn.Parameter(values.clone())
     optimizer, reference = (
         case.make([param], backend="cpu"),
         case.make([truth], backend="reference"),
     )
     for _ in range(3):
-        grad = Framed(random(shape, dtype, generator), grad_layout)
+        grad = framed(random(shape, dtype, generator), grad_layout)
         before = grad.buffer.clone()
-        param.grad = grad.view
-        truth.grad = grad.view.clone()
+        param.grad = grad.tensor
+        truth.grad = grad.tensor.clone()
         optimizer.step()
         reference.step()
         assert torch.equal(grad.buffer, before)
-    framed.assert_untouched()
-    assert param.data_ptr() == framed.view.data_ptr()
+    frame.check()
+    assert param.data_ptr() == frame.tensor.data_ptr()
     # Stepped three times in low precision, so compared as the reference rounds: within one unit.
     assert_matches(param.detach(), truth.detach(), op="rounded once", dtype=dtype)
 
