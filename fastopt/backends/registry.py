@@ -69,7 +69,7 @@ def check_name(name: str, argument: str = "backend") -> str:
     Raises:
         ValueError: No backend is called so.
     """
-    if name != "auto" and name not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         raise ValueError(f"{argument} must be one of {['auto', *BACKENDS]}, got {name!r}")
     return name
 

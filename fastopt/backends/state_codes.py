@@ -111,9 +111,10 @@ def coding_of(
     Raises:
         ValueError: The names are none of these.
     """
-    if storage not in STORAGES:
+    # Lists, in which anything may be looked up, hashable or not.
+    if storage not in list(STORAGES):
         raise ValueError(f"state_storage must be one of {list(STORAGES)}, got {storage!r}")
-    if precision not in PRECISIONS:
+    if precision not in list(PRECISIONS):
         raise ValueError(f"param_precision must be one of {list(PRECISIONS)}, got {precision!r}")
     if storage is None and precision is None:
         return None

@@ -128,12 +128,12 @@ def convert(
         or why it was left.
 
     Raises:
-        TypeError: It is no module.
+        TypeError: It is no module, or there is no list of names and classes.
         ValueError: The model has no module of a name.
     """
     _check_model(model)
-    included = None if include is None else _chosen(model, include)
-    excluded = _chosen(model, exclude)
+    included = None if include is None else _chosen(model, "include", include)
+    excluded = _chosen(model, "exclude", exclude)
     done = []
     for path, module, twin in _concerned(model):
         before, reason = _name(type(module)), _obstacle(module, twin.stock, twin)
@@ -215,7 +215,9 @@ def _obstacle(module: Module, expected: type[Module], twin: Twin) -> str:
     return ""
 
 
-def _chosen(model: Module, choices: Collection[str | type[Module]]) -> set[Module]:
+def _chosen(model: Module, argument: str, choices: Collection[str | type[Module]]) -> set[Module]:
+    if not isinstance(choices, Collection) or isinstance(choices, str):
+        raise TypeError(f"{argument} must be a list of names and classes, got {choices!r}")
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen: set[Module] = set()
     for choice in choices:

@@ -13,6 +13,7 @@ from fastopt.backends.contract import AttentionRequest
 from fastopt.backends.plain_tensors import autocast_dtype, can_be_read_now
 from fastopt.backends.reference import dropout_factors
 from fastopt.nn.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from fastopt.ops.arguments import is_scalar
 from fastopt.ops.attention import attention as run_attention
 from fastopt.ops.attention import with_seed
 
@@ -51,7 +52,9 @@ def scaled_dot_product_attention(
         RuntimeError: As torch.
     """
     result = None
-    if query.is_nested or key.is_nested or value.is_nested:
+    if not _are_meant(query, key, value, attn_mask, dropout_p, scale):
+        pass  # torch says what is wrong
+    elif query.is_nested or key.is_nested or value.is_nested:
         output = _nested(query, key, value, attn_mask, dropout_p, is_causal, scale)
         if output is not None:
             return output
@@ -131,27 +134,30 @@ def attention(
         RuntimeError: No backend takes the tensors.
     """
     sequences = cu_seqlens_q is not None
-    _check_tensors(
+    _check_tensors(query=query, key=key, value=value)
+    _check_optional(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes,
         learnable_sink=learnable_sink, attn_mask=attn_mask,
     )  # fmt: skip
     _check_shapes(query, key, value, sequences)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be finite and not negative, got {softcap}")
+    if not (is_scalar(dropout_p) and 0 <= dropout_p < 1):
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+    if not (is_scalar(softcap) and 0 <= softcap < math.inf):
+        raise ValueError(f"softcap must be finite and not negative, got {softcap!r}")
+    if scale is not None and not (is_scalar(scale) and -math.inf < scale < math.inf):
+        raise ValueError(f"scale must be finite, got {scale!r}")
     pair = isinstance(window_size, tuple | list) and len(window_size) == 2
     if not pair or not all(isinstance(n, int) for n in window_size) or min(window_size) < -1:
         raise ValueError(
             f"window_size must be a pair of whole numbers from -1 on, got {window_size}"
         )
     left, right = window_size
-    if attn_mask is not None and not 2 <= attn_mask.dim() <= 4:
-        raise ValueError(f"attn_mask must have 2 to 4 dimensions, got {tuple(attn_mask.shape)}")
     for name, longest, given in (
         ("q", max_seqlen_q, cu_seqlens_q),
         ("k", max_seqlen_k, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k),
     ):
+        if longest is not None and not isinstance(longest, (int, torch.SymInt)):
+            raise TypeError(f"max_seqlen_{name} must be a whole number or None, got {longest!r}")
         if longest is not None and given is None:
             raise ValueError(f"max_seqlen_{name} needs cu_seqlens_{name}, got {longest} alone")
     starts = key_starts = None
@@ -160,18 +166,22 @@ def attention(
             raise ValueError("attn_mask does not go with cu_seqlens_q, got both")
         starts = _starts("q", cu_seqlens_q, max_seqlen_q)
         key_starts = starts
-        if cu_seqlens_k is not None:
-            key_starts = _starts("k", cu_seqlens_k, max_seqlen_k)
+        if cu_seqlens_k is not None or max_seqlen_k is not None:
+            given = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+            key_starts = _starts("k", given, max_seqlen_k)
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     elif cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k needs cu_seqlens_q, got it alone")
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, key)
     batch = query.size(0) if starts is None else starts.size(0) - 1
     heads = query.size(1)
     slopes = alibi_slopes
     if slopes is not None:
-        if slopes.shape not in ((heads,), (batch, heads)):
+        if slopes.shape not in ((heads,), (batch, heads)) or slopes.is_complex():
             raise ValueError(
-                f"alibi_slopes must be [heads] or [batch, heads], got {tuple(slopes.shape)}"
+                f"alibi_slopes must be real [heads] or [batch, heads], got {slopes.dtype} "
+                f"{tuple(slopes.shape)}"
             )
         slopes = slopes.expand(batch, heads)
     if learnable_sink is not None and not (
@@ -284,10 +294,28 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
+def _are_meant(
+    query: object, key: object, value: object, mask: object, dropout: object, scale: object
+) -> bool:
+    """Whether arguments are of the types that torch's function takes."""
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    numbers = (dropout,) if scale is None else (dropout, scale)
+    return all(isinstance(tensor, Tensor) for tensor in tensors) and all(map(is_scalar, numbers))
+
+
 def _check_tensors(**arguments: Any) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {argument!r}")
+        if argument.layout is not torch.strided:
+            raise ValueError(f"{name} must be strided, got layout {argument.layout}")
+
+
+def _check_optional(**arguments: Any) -> None:
     for name, argument in arguments.items():
         if argument is not None and not isinstance(argument, Tensor):
             raise TypeError(f"{name} must be a tensor or None, got {argument!r}")
+    _check_tensors(**{name: given for name, given in arguments.items() if given is not None})
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sequences: bool) -> None:
@@ -304,6 +332,16 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sequences: bool) ->
         raise ValueError(f"key must have the batch of query, got {shapes}")
     if key.size(1) == 0 or query.size(1) % key.size(1):
         raise ValueError(f"heads of query must be a multiple of those of key, got {shapes}")
+
+
+def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
+    if not 2 <= mask.dim() <= 4:
+        raise ValueError(f"attn_mask must have 2 to 4 dimensions, got {tuple(mask.shape)}")
+    scores = *query.shape[:3], key.size(2)
+    if any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1], strict=False)):
+        raise ValueError(f"attn_mask must broadcast to {scores}, got {tuple(mask.shape)}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask must be on {query.device}, got one on {mask.device}")
 
 
 def _starts(side: str, starts: Tensor, longest: int | None) -> Tensor:

@@ -15,6 +15,7 @@ from fastopt.backends.contract import LinearCrossEntropyRequest
 from fastopt.backends.plain_tensors import autocast_dtype, transformed
 from fastopt.nn.torch_2_13 import LinearCrossEntropyLoss as StockLoss
 from fastopt.nn.torch_2_13 import LinearCrossEntropyOptions
+from fastopt.ops.arguments import is_scalar
 from fastopt.ops.linear_cross_entropy import linear_cross_entropy as run
 from fastopt.ops.linear_cross_entropy import stock_linear_cross_entropy
 
@@ -69,6 +70,7 @@ def linear_cross_entropy(
     Raises:
         RuntimeError: As torch; or no backend takes the tensors.
         IndexError: A target is no class; on a card the row becomes NaN instead.
+        TypeError: An argument is of another type.
         ValueError: ``softcap`` or ``z_loss`` is out of its range, or as torch.
     """
     _check_shapes(input, linear_weight, linear_bias)
@@ -76,6 +78,10 @@ def linear_cross_entropy(
     if probabilities and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     check_extras(softcap, z_loss)
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor or None, got {weight!r}")
+    if not is_scalar(label_smoothing):
+        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
     chunk_rows = 0
     if options is not None:
         chunk_rows = _chunk_rows(options, input, linear_weight.size(0))
@@ -178,10 +184,11 @@ class LinearCrossEntropyLoss(StockLoss):
 
 def check_extras(softcap: float, z_loss: float) -> None:
     """Raises ValueError for what is out of its range."""
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be finite and not negative, got {softcap}")
-    if not -math.inf < z_loss < math.inf:  # which Dynamo follows where the number is symbolic
-        raise ValueError(f"z_loss must be finite, got {z_loss}")
+    if not (is_scalar(softcap) and 0 <= softcap < math.inf):
+        raise ValueError(f"softcap must be finite and not negative, got {softcap!r}")
+    # Bounds, which Dynamo follows where the number is symbolic.
+    if not (is_scalar(z_loss) and -math.inf < z_loss < math.inf):
+        raise ValueError(f"z_loss must be finite, got {z_loss!r}")
 
 
 def _check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:

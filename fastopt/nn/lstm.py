@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastopt.backends import registry
 from fastopt.backends.contract import LstmRequest
+from fastopt.ops.arguments import is_number
 from fastopt.ops.lstm import FrozenWeights, lstm
 
 __all__ = ["LSTM"]
@@ -59,8 +60,8 @@ class LSTM(torch.nn.LSTM):
         weight_dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        if not 0 <= weight_dropout <= 1:
-            raise ValueError(f"weight_dropout must be in [0, 1], got {weight_dropout}")
+        if not (is_number(weight_dropout) and 0 <= weight_dropout <= 1):
+            raise ValueError(f"weight_dropout must be in [0, 1], got {weight_dropout!r}")
         if backend is not None:
             registry.check_name(backend)
         super().__init__(
@@ -134,8 +135,9 @@ class LSTM(torch.nn.LSTM):
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
+            batch = batch_sizes[0]  # raises where there are no steps, as torch's does
             if hx is None:
-                hx = self._zero_states(data, int(batch_sizes[0]))
+                hx = self._zero_states(data, int(batch))
             else:
                 hx = self.permute_hidden(_two(hx), sorted_indices)
             output, final = self._run(data, batch_sizes, hx)

@@ -7,7 +7,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any, TypedDict
 
 import torch
@@ -25,6 +24,7 @@ from fastopt.backends.state_codes import (
     coding_of,
     is_coded,
 )
+from fastopt.ops.arguments import is_scalar
 from fastopt.ops.optimizer_step import (
     optimizer_step,
     step_is_skipped,
@@ -251,14 +251,14 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(f"Invalid {name} value: {value!r}")
         for name in ("max_grad_norm", "clip_value"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value >= 0):
+            if value is not None and not (is_scalar(value) and value >= 0):
                 raise ValueError(f"Invalid {name} value: {value!r}")
         order: Any = self.norm_type  # "inf" too, as in torch
-        if not (_is_number(order) or order == "inf") or math.isnan(float(order)):
+        if not (is_scalar(order) or order == "inf") or math.isnan(float(order)):
             raise ValueError(f"Invalid norm_type value: {order!r}")
         self.norm_type = float(order)
         decay = self.ema_decay
-        if decay is not None and not (_is_number(decay) and 0 <= decay <= 1):
+        if decay is not None and not (is_scalar(decay) and 0 <= decay <= 1):
             raise ValueError(
                 f"Invalid decay value {decay!r} provided. Please provide a value in [0,1] range."
             )
@@ -447,22 +447,17 @@ def check_hyperparameters(
     """
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not (_is_number(lr) and lr >= 0):
+    if not (is_scalar(lr) and lr >= 0):
         raise ValueError(f"Invalid learning rate: {lr!r}")
-    if not (_is_number(eps) and eps >= 0):
+    if not (is_scalar(eps) and eps >= 0):
         raise ValueError(f"Invalid epsilon value: {eps!r}")
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers, got {betas!r}")
     for index, beta in enumerate(betas):
-        if not (_is_number(beta) and 0 <= beta < 1):
+        if not (is_scalar(beta) and 0 <= beta < 1):
             raise ValueError(f"Invalid beta parameter at index {index}: {beta!r}")
-    if not (_is_number(weight_decay) and weight_decay >= 0):
+    if not (is_scalar(weight_decay) and weight_decay >= 0):
         raise ValueError(f"Invalid weight_decay value: {weight_decay!r}")
-
-
-def _is_number(value: object) -> bool:
-    """A real one, or a tensor, which may be one."""
-    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
 
 
 def weight_decay_of(group: ParamGroup, decoupled: bool) -> tuple[WeightDecay, float | Tensor]:

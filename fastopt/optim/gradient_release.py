@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from fastopt.ops.arguments import check_optimizer, is_scalar
 from fastopt.ops.grad_norm import clip_coefficient
 from fastopt.ops.optimizer_step import averages_begin
 from fastopt.optim.fused_optimizer import FusedOptimizer
@@ -50,6 +51,7 @@ class GradientRelease:
         max_grad_norm: To which gradients are clipped by the 2-norm of the step before.
 
     Raises:
+        TypeError: There is no optimizer.
         ValueError: A number is out of range, the optimizer clips by norm itself, or its step needs
             all parameters at once. A backward pass raises the second too, where
             ``optimizer.max_grad_norm`` has been set since.
@@ -71,8 +73,9 @@ class GradientRelease:
             raise ValueError(
                 f"accumulation_steps must be a whole number >= 1, got {accumulation_steps!r}"
             )
-        if max_grad_norm is not None and not max_grad_norm >= 0:
-            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        if max_grad_norm is not None and not (is_scalar(max_grad_norm) and max_grad_norm >= 0):
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm!r}")
+        check_optimizer(optimizer)
         _refuse_closure(optimizer)
         _refuse_own_clipping(optimizer)
         if getattr(optimizer, "_gradient_release", None) is not None:

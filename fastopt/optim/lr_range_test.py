@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastopt.optim.lr_schedules import is_number
+from fastopt.ops.arguments import check_optimizer, is_number
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,12 @@ def lr_range_test(
             finite.
 
     Raises:
+        TypeError: ``step`` cannot be called, or there is no optimizer.
         ValueError: A number is out of range, or none.
     """
+    if not callable(step):
+        raise TypeError(f"step must be something to call, got {step!r}")
+    check_optimizer(optimizer)
     if not (is_number(end_lr) and 0 < end_lr < math.inf):
         raise ValueError(f"end_lr must be above 0 and finite, got {end_lr!r}")
     if not (is_number(start_lr) and 0 < start_lr < end_lr):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from numbers import Real
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from fastopt.ops.arguments import is_number
 
 
 @dataclass
@@ -122,11 +123,6 @@ class InverseSquareRoot(Schedule):
 def _check_steps(name: str, steps: int) -> None:
     if type(steps) is not int or steps < 0:
         raise ValueError(f"{name} must be a whole number >= 0, got {steps!r}")
-
-
-def is_number(value: object) -> bool:
-    """A real one; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def warmup_cosine(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -9,6 +11,7 @@ from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule, WeightDecay
 from fastopt.backends.planning import new_average
+from fastopt.ops.arguments import is_number
 from fastopt.optim.fused_optimizer import FusedOptimizer, Options, check_hyperparameters
 
 
@@ -65,6 +68,11 @@ class ScheduleFreeAdamW(FusedOptimizer):
         check_hyperparameters(lr, betas, weight_decay, eps)
         if betas[0] == 0:
             raise ValueError(f"Invalid beta parameter at index 0: {betas[0]}")
+        if not (is_number(warmup_steps) and 0 <= warmup_steps < math.inf):
+            raise ValueError(f"Invalid warmup_steps value: {warmup_steps!r}")
+        for name, power in {"r": r, "weight_lr_power": weight_lr_power}.items():
+            if not (is_number(power) and math.isfinite(power)):
+                raise ValueError(f"Invalid {name} value: {power!r}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "r": r, "k": 0}
         defaults |= {"warmup_steps": warmup_steps, "train_mode": False, "weight_sum": 0.0}
         defaults |= {"lr_max": -1.0, "scheduled_lr": 0.0, "weight_lr_power": weight_lr_power}
