@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,24 @@ def undo_state(optimizer: SteppedOptimizer, param: Tensor, keys: Sequence[str]) 
         state.pop(key, None)
     if not state:
         optimizer.state.pop(param, None)
+
+
+@contextmanager
+def whole_state(optimizer: SteppedOptimizer) -> Iterator[None]:
+    """Removes the state that was made in a block that raises.
+
+    Where memory runs out between two tensors, half of a parameter's state is there, and neither
+    torch nor we would make the rest.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    before = {param: set(optimizer.state.get(param, ())) for param in params}
+    try:
+        yield
+    except BaseException:
+        for param, there in before.items():
+            made = optimizer.state.get(param, {}).keys() - there
+            undo_state(optimizer, param, list(made))
+        raise
 
 
 def missing_keys(optimizer: SteppedOptimizer, group: ParamGroup, param: Tensor) -> list[str]:

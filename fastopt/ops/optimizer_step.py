@@ -29,6 +29,7 @@ from fastopt.backends.planning import (
     make_missing_state,
     stays_on_device,
     undo_state,
+    whole_state,
 )
 from fastopt.backends.spread_state import local_of, takes_codes
 from fastopt.backends.state_codes import STORAGE_OPTIONS
@@ -47,7 +48,7 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
     Raises:
         RuntimeError: The backend that the user named does not take a parameter or its gradient; the
             norm is not finite and ``error_if_nonfinite`` is set. Besides, whatever stock raises. No
-            parameter and no state has been changed then; stock's checks may have made state.
+            parameter and no state has been changed then.
     """
     if step_is_skipped(optimizer):
         _skip(optimizer)
@@ -74,9 +75,10 @@ def optimizer_step(optimizer: SteppedOptimizer) -> None:
 
 def _skip(optimizer: SteppedOptimizer) -> None:
     """What is left of a step that a gradient scaler skips."""
-    for group in optimizer.param_groups:
-        if all(optimizer._coding(group, param) is None for param in group["params"]):
-            optimizer._prepare(group)  # stock's: state in the parameter's dtype
+    with whole_state(optimizer):
+        for group in optimizer.param_groups:
+            if all(optimizer._coding(group, param) is None for param in group["params"]):
+                optimizer._prepare(group)  # stock's: state in the parameter's dtype
     if optimizer.zero_grad_after_step:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         zero_gradients([param for param in params if param.grad is not None])
@@ -228,23 +230,20 @@ class StepPlan:
             for group, rule in zip(optimizer.param_groups, rules, strict=True)
         ]
         self._averages_begin = averages_begin(optimizer)
-        self._created = make_coded_state(optimizer, rules)
-        for group in optimizer.param_groups:
-            optimizer._prepare(group)
-        makes_state = [[backend.name != "torch" for backend in group] for group in chosen]
-        for param_id, made in make_missing_state(optimizer, makes_state).items():
-            param, keys = self._created.get(param_id, (made[0], []))
-            self._created[param_id] = param, keys + made[1]
-        try:
+        with whole_state(optimizer):
+            self._created = make_coded_state(optimizer, rules)
+            for group in optimizer.param_groups:
+                optimizer._prepare(group)
+            makes_state = [[backend.name != "torch" for backend in group] for group in chosen]
+            for param_id, made in make_missing_state(optimizer, makes_state).items():
+                param, keys = self._created.get(param_id, (made[0], []))
+                self._created[param_id] = param, keys + made[1]
             backends = dict.fromkeys(backend for group in chosen for backend in group)
             # Torch's part comes first: it may raise, and no kernel has run then.
             self._parts: list[OptimizerPlan] = []
             for backend in sorted(backends, key=lambda backend: backend.name != "torch"):
                 marks = [[b is backend for b in group] for group in chosen]
                 self._parts += plan_step(backend, optimizer, marks, self._created)
-        except BaseException:
-            self._undo(optimizer, list(self._created))
-            raise
 
     def collect(
         self, optimizer: SteppedOptimizer, rules: tuple[UpdateRule, ...], writing: bool

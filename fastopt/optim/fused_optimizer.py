@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
-from fastopt.backends.contract import AVERAGE, ParamGroup, UpdateRule, WeightDecay
+from fastopt.backends.contract import AVERAGE, PRODUCT, ParamGroup, UpdateRule, WeightDecay
 from fastopt.backends.planning import scalar
 from fastopt.backends.registry import check_name
 from fastopt.backends.state_codes import (
@@ -350,25 +350,61 @@ class FusedOptimizer(Optimizer):
         """Torch's, but for state that is not stored in its parameter's dtype, which stays exact.
 
         State that was stored otherwise than this optimizer stores it is converted at the next step.
+        Where anything is raised, groups and state are those from before.
 
         Raises:
             RuntimeError: Inside ``average_parameters()``. Besides, what torch raises.
+            ValueError: The state is another optimizer's, or that of parameters of other shapes.
         """
         self._refuse_inside_average("load_state_dict()")
 
         def remember(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            self._check_saved(state_dict)
             self._loading = state_dict
 
         own = [{name: g[name] for name in STORAGE_OPTIONS if name in g} for g in self.param_groups]
         handle = self.register_load_state_dict_pre_hook(remember)  # after those of the user
+        before = {"state": self.state, "param_groups": self.param_groups}
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            vars(self).update(before)
+            raise
         finally:
             handle.remove()
             self._loading = None
         for group, options in zip(self.param_groups, own, strict=True):
             for name, value in options.items():  # which a checkpoint of torch's groups has not got
                 group.setdefault(name, value)
+
+    def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        """Refuses what another optimizer has saved, or one of other parameters.
+
+        What is no state dictionary is left for torch to refuse.
+        """
+        whose = f"the state is not that of {type(self).__name__}"
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            # Modes that older checkpoints may lack.
+            modes = {k: v for k, v in group.items() if v is None or isinstance(v, bool)}
+            try:
+                self._update_rule({**modes, **saved_group})
+                keys = self._state_keys({**modes, **saved_group})
+            except KeyError as error:
+                raise ValueError(f"{whose}: its groups have no {error}") from None
+            known = {*coded_keys(keys), "step", PRODUCT, AVERAGE}
+            for param, number in zip(group["params"], saved_group["params"], strict=False):
+                saved = state_dict["state"].get(number, {})
+                missing = [key for key in keys if key not in saved]
+                if missing and not known.issuperset(saved):
+                    raise ValueError(f"{whose}: parameter {number} has {[*saved]}, no {missing}")
+                for key in keys:
+                    value = saved.get(key)
+                    shape = value.shape if isinstance(value, Tensor) else value
+                    if shape is not None and shape != param.shape:
+                        raise ValueError(
+                            f"state {key!r} of parameter {number} must have its shape "
+                            f"{tuple(param.shape)}, got {shape!r}"
+                        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Torch's, with the options."""
