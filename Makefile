@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INTEGRATIONS := $(VENV)/.integrations
 DOCS := $(VENV)/.docs
+RELEASE := build/release
 RESULTS ?= bench/results/local.json
+TORCHES ?= 2.13.0 2.14.1
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # For development: two architectures, and the CUDA kernels on the host for their tests.
@@ -22,7 +24,8 @@ KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
 	tests/test_attention.py tests/test_attention_sequences.py tests/test_card_attention.py \
 	tests/test_card_lstm.py tests/test_cuda_lstm.py tests/test_linear_cross_entropy.py
 
-.PHONY: demo test test-integrations docs bench gpu lint format sanitize build clean
+.PHONY: demo test test-integrations docs coverage bench gpu lint format sanitize wheel smoke build \
+	clean
 
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +61,12 @@ $(DOCS): $(INSTALLED) requirements-docs.txt
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+coverage: build
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest --ignore=tests/integrations
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,min,iqr,rounds
 	$(BIN)/python -m bench --output $(RESULTS)
@@ -87,5 +96,25 @@ sanitize: build
 		FASTOPT_EXPECTED_PATH=build/sanitize/lib \
 		sh -c 'cd build/sanitize/lib && $(abspath $(BIN))/python -m pytest -x $(abspath $(KERNEL_TESTS))'
 
+$(RELEASE)/.installed: requirements-release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+# The wheel is built from the sdist, in an environment of its own, for every architecture of setup.py.
+# Torch brings the one OpenMP that a process may have.
+wheel: $(RELEASE)/.installed
+	rm -rf build/dist dist
+	env -u FASTOPT_CUDA_ARCHS FASTOPT_HOST_SIM=0 $(RELEASE)/bin/python -m build --outdir build/dist
+	PATH="$(abspath $(RELEASE)/bin):$$PATH" auditwheel repair --exclude libgomp.so.1 \
+		--wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+	$(RELEASE)/bin/auditwheel show dist/*.whl
+	$(RELEASE)/bin/twine check --strict dist/*
+
+# The wheel that `make wheel` left, in clean environments. A torch for cards is gigabytes.
+smoke:
+	$(PYTHON) tools/smoke_wheel.py dist/*.whl --torch $(TORCHES)
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
