@@ -50,7 +50,9 @@ def settings_of(options: argparse.Namespace, default: Any, full: Any, smoke: Any
 
 
 def run_command(
-    run: Callable[[argparse.Namespace, Console], Mapping[str, Record]], options: argparse.Namespace
+    run: Callable[[argparse.Namespace, Console], Mapping[str, Record]],
+    options: argparse.Namespace,
+    loss: str = "cross-entropy",
 ) -> int:
     """Runs a program and draws what it recorded; what the user can mend ends it with status 2."""
     start = perf_counter()
@@ -62,7 +64,7 @@ def run_command(
     except (DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    draw_losses(records, options.plot)
+    draw_losses(records, options.plot, loss)
     console.print(f"plot: {options.plot}", soft_wrap=True)
     if options.checkpoint:
         console.print(f"checkpoint: {options.checkpoint}", soft_wrap=True)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 Item = TypeVar("Item")
+SummedLoss = Callable[[Tensor, Tensor], Tensor]  # of what a model gives, and of its targets
 
 TURN = 25  # batches a contender trains on before the next one takes over the machine
 
@@ -31,8 +32,8 @@ class CheckpointError(Exception):
 
 
 class Batch(NamedTuple):
-    inputs: Tensor  # what the model takes
-    targets: Tensor  # int64, one for each row of logits that it gives
+    inputs: Any  # what the model takes
+    targets: Tensor  # the classes of its rows of logits, or what its numbers should be
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,37 @@ class Record:
         return [sum(self.step_seconds[a:b]) for a, b in pairwise([0, *self.epoch_ends])]
 
 
+class OneProcess:
+    """Whoever trains alone: its loss is the whole batch's."""
+
+    is_first = True  # reports, and writes the checkpoint
+
+    def loss_of(self, model: Any) -> Callable[..., Tensor]:
+        """What turns a batch into the loss to go backward from."""
+        loss: Callable[..., Tensor] = model.loss
+        return loss
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return values
+
+
 class Trainee:
     """A contender with its model, its optimizer and its record."""
 
-    def __init__(self, contender: Contender, model: nn.Module, recipe: Recipe, steps: int) -> None:
+    def __init__(
+        self,
+        contender: Contender,
+        model: nn.Module,
+        recipe: Recipe,
+        steps: int,
+        processes: OneProcess,
+    ) -> None:
         self.name = contender.name
         self.model = model
         self.recipe = recipe
+        self.processes = processes
+        self.loss = processes.loss_of(model)
         groups = parameter_groups(model, recipe.weight_decay)
         optimizer = partial(contender.optimizer, groups, lr=recipe.lr, **contender.flags)
         self.tail = contender.tail(model, optimizer, recipe.max_grad_norm, recipe.ema_decay)
@@ -98,20 +123,21 @@ class Trainee:
         # Dropout draws the same masks for every contender.
         torch.manual_seed(self.recipe.seed + len(self.record.losses))
         start = perf_counter()
-        loss = self.model.loss(*batch)
+        loss = self.loss(*batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        value = loss.item()
+        loss.item()  # waits for it where a device computes
         tail_start = perf_counter()
         self.tail.step()
         end = perf_counter()
         self.schedule.step()
-        self.record.losses.append(value)
+        self.record.losses.append(self.processes.mean(loss.detach()).item())
         self.record.step_seconds.append(end - start)
         self.record.tail_seconds.append(end - tail_start)
 
-    def end_epoch(self, validation: Sequence[Batch]) -> None:
+    def end_epoch(self, validation: Sequence[Batch], summed_loss: SummedLoss) -> None:
         with self.tail.evaluated() as model:
-            loss = cross_entropy_of(model, validation)
+            total, count = self.processes.mean(evaluate(model, validation, summed_loss)).tolist()
+            loss = total / count
             if loss < min(self.record.validation_losses, default=math.inf):
                 self.best = copy.deepcopy(model.state_dict())
         self.record.epoch_ends.append(len(self.record.losses))
@@ -169,26 +195,31 @@ def warmup_then_cosine(warmup: float, steps: int) -> Callable[[int], float]:
     return factor
 
 
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+
+
+def squared_errors(predicted: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.mse_loss(predicted, targets, reduction="sum")
+
+
 @torch.no_grad()
-def cross_entropy_of(model: nn.Module, batches: Sequence[Batch]) -> float:
+def evaluate(model: nn.Module, batches: Sequence[Batch], summed_loss: SummedLoss) -> Tensor:
+    """Returns the sum of the losses of all targets, and how many targets there are."""
     model.eval()
-    total = sum(
-        nn.functional.cross_entropy(
-            model(batch.inputs).flatten(0, -2), batch.targets.flatten(), reduction="sum"
-        ).item()
-        for batch in batches
-    )
+    total = sum(summed_loss(model(batch.inputs), batch.targets).item() for batch in batches)
     model.train()
-    return total / sum(batch.targets.numel() for batch in batches)
+    count = sum(batch.targets.numel() for batch in batches)
+    return torch.tensor([total, count], dtype=torch.float64)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """Returns logits [examples, classes], in the order of the batches."""
+    """Returns what the model gives, logits [examples, classes] say, in the order of the batches."""
     model.eval()
-    logits = torch.cat([model(batch.inputs) for batch in batches])
+    predicted = torch.cat([model(batch.inputs) for batch in batches])
     model.train()
-    return logits
+    return predicted
 
 
 @dataclass(frozen=True)
@@ -203,6 +234,8 @@ class Contest:
         validation: What is evaluated after an epoch.
         origin: All that a checkpoint must have been made with.
         unit: What a target is, in the plural.
+        summed_loss: What validation measures of a model's answers and their targets.
+        processes: Those that train together.
     """
 
     recipe: Recipe
@@ -212,6 +245,8 @@ class Contest:
     validation: Sequence[Batch]
     origin: dict[str, Any]
     unit: str = "examples"
+    summed_loss: SummedLoss = cross_entropies
+    processes: OneProcess = field(default_factory=OneProcess)
 
     def run(
         self, contenders: Sequence[Contender], checkpoint: Path | None, resume: bool
@@ -221,12 +256,13 @@ class Contest:
         trainees = []
         for contender in contenders:
             torch.manual_seed(self.recipe.seed)
-            trainees.append(Trainee(contender, self.make_model(contender), self.recipe, steps))
+            model = self.make_model(contender)
+            trainees.append(Trainee(contender, model, self.recipe, steps, self.processes))
         origin = self.origin | {"contenders": [contender.name for contender in contenders]}
         if checkpoint and resume:
             load_checkpoint(checkpoint, trainees, origin)
         done = max(len(trainee.record.epoch_ends) for trainee in trainees)
-        with progress_bar(self.unit) as progress:
+        with progress_bar(self.unit, self.processes.is_first) as progress:
             task = progress.add_task("", total=None, loss=math.nan, speed=0.0)
             for epoch in range(done, self.recipe.epochs):
                 running = [trainee for trainee in trainees if not trainee.stopped]
@@ -234,7 +270,7 @@ class Contest:
                     break
                 progress.update(task, description=f"epoch {epoch + 1}/{self.recipe.epochs}")
                 self._run_epoch(running, self.batches_of(epoch), progress, task)
-                if checkpoint:
+                if checkpoint and self.processes.is_first:
                     save_checkpoint(checkpoint, trainees, origin)
         return {trainee.name: trainee for trainee in trainees}
 
@@ -248,7 +284,7 @@ class Contest:
             for trainee in running[first:] + running[:first]:
                 take_turn(trainee, chunk, progress, task)
         for trainee in running:
-            trainee.end_epoch(self.validation)
+            trainee.end_epoch(self.validation, self.summed_loss)
 
 
 def take_turn(trainee: Trainee, chunk: list[Batch], progress: Progress, task: TaskID) -> None:
@@ -269,12 +305,13 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def progress_bar(unit: str) -> Progress:
+def progress_bar(unit: str, shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} " + unit + "/s"),
         TimeRemainingColumn(),
+        disable=not shown,
     )
 
 

@@ -29,7 +29,8 @@ def corpus_table(corpus: Corpus, parts: Split) -> Table:
         table.add_row(f"  dropped: {reason}", f"{count:,}")
     table.add_section()
     for name, examples in parts._asdict().items():
-        table.add_row(name, f"{len(examples):,} in {len(label_names(examples))} labels")
+        labels = len(label_names(examples))
+        table.add_row(name, f"{len(examples):,}" + (f" in {labels} labels" if labels > 1 else ""))
     return table
 
 
@@ -115,7 +116,7 @@ def relative_difference(actual: Sequence[float], expected: Sequence[float]) -> f
     return float(np.max(np.abs(a - e) / np.abs(e)))
 
 
-def draw_losses(records: Mapping[str, Record], path: Path) -> None:
+def draw_losses(records: Mapping[str, Record], path: Path, loss: str) -> None:
     """Draws training and validation losses against steps and against seconds of training."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # draws to the file; no display is needed
@@ -139,7 +140,7 @@ def draw_losses(records: Mapping[str, Record], path: Path) -> None:
                 markeredgewidth=1.5,
             )
     by_step.plot([], [], "o", color="grey", markerfacecolor="none", label="validation")
-    by_step.set(xlabel="step", ylabel="cross-entropy", title="Training loss against steps")
+    by_step.set(xlabel="step", ylabel=loss, title="Training loss against steps")
     by_second.set(xlabel="seconds of training", title="Training loss against time")
     for axes in (by_step, by_second):
         axes.set_yscale("log")

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from _command import make_parser, parse, run_command, settings_of
+from _contenders import CONTENDERS, STOCK
 from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks, predict
 from _corpus import (
     Corpus,
@@ -34,7 +35,6 @@ from _corpus import (
     split,
 )
 from _report import corpus_table, parity_table, quality_table, timing_table
-from _tail import FusedTail
 from numpy.typing import NDArray
 from rich.console import Console
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -43,17 +43,6 @@ from sklearn.pipeline import make_pipeline
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from fastopt import nn as fast_nn
-from fastopt import optim
-
-CONTENDERS = (
-    Contender("stock", torch.optim.Adam),
-    Contender("stock, fused", torch.optim.Adam, {"fused": True}),
-    Contender("fastopt optimizer", optim.Adam, tail=FusedTail),
-    Contender("fastopt LSTM", torch.optim.Adam, {"fused": True}, part=fast_nn.LSTM),
-    Contender("fastopt", optim.Adam, tail=FusedTail, part=fast_nn.LSTM),
-)
-STOCK = ("stock", "stock, fused")
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 PADDING_ID, UNKNOWN_ID = 0, 1
 NGRAMS = (1, 2, 3, 4)
