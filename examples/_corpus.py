@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import django
 import numpy as np
 import polib
+from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
 # printf placeholders, {} and {{ }} placeholders, HTML tags and entities, links:
@@ -61,15 +62,15 @@ def identity(text: str) -> str:
     return text.casefold().strip(EDGES)
 
 
-def read_catalogues() -> Corpus:
-    """Reads the translated messages of Django and its contrib applications.
+def read_catalogues(language: str = "*") -> Corpus:
+    """Reads the translated messages of Django and its contrib applications, of one language or all.
 
     The label is the language. The group is the English source, which is coarser than
     message id and context: two contexts of one source tend to share their translation.
     """
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
-    for path in sorted(Path(django.__path__[0]).glob("**/locale/*/LC_MESSAGES/*.po")):
+    for path in sorted(Path(django.__path__[0]).glob(f"**/locale/{language}/LC_MESSAGES/*.po")):
         language = path.parts[-3]
         for entry in polib.pofile(str(path)):
             if entry.obsolete or entry.fuzzy:
@@ -196,8 +197,10 @@ def split(examples: list[Example], seed: int) -> Split:
     targets = np.array([labels.index(example.label) for example in examples])
     groups = np.unique([example.group for example in examples], return_inverse=True)[1]
     folder = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    folds = [fold for _, fold in folder.split(targets, targets, groups)]
+    return split_by(examples, [fold for _, fold in folder.split(targets, targets, groups)])
 
+
+def split_by(examples: list[Example], folds: Sequence[NDArray[np.int64]]) -> Split:
     def take(indices: Iterable[int]) -> list[Example]:
         return [examples[i] for i in indices]
 
