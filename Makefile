@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 INTEGRATIONS := $(VENV)/.integrations
 DOCS := $(VENV)/.docs
 RELEASE := build/release
+DISTRIBUTED := examples/train_distributed.py
 RESULTS ?= bench/results/local.json
 TORCHES ?= 2.13.0 2.14.1
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -24,8 +25,8 @@ KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
 	tests/test_attention.py tests/test_attention_sequences.py tests/test_card_attention.py \
 	tests/test_card_lstm.py tests/test_cuda_lstm.py tests/test_linear_cross_entropy.py
 
-.PHONY: demo test test-integrations docs coverage bench gpu lint format sanitize wheel smoke build \
-	clean
+.PHONY: demo examples test test-integrations docs coverage bench gpu lint format sanitize wheel \
+	smoke build clean
 
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +40,12 @@ build: $(INSTALLED)
 
 demo: build
 	$(BIN)/python examples/classify_text.py
+
+# Every program at its smallest size.
+examples: build
+	set -e; for program in $(filter-out $(DISTRIBUTED),$(wildcard examples/[a-z]*.py)); do \
+		$(BIN)/python $$program --smoke; done
+	$(BIN)/torchrun --standalone --nproc-per-node=2 $(DISTRIBUTED) --smoke
 
 test: build
 	$(BIN)/python -m pytest --ignore=tests/integrations

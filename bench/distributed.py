@@ -13,7 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
 
 from bench import results
 from bench.results import Distributed
@@ -36,57 +35,43 @@ STOCK = ("stock", "stock, fused")
 OURS = "fastopt"
 
 
-class LossOf(nn.Module):
-    """A model whose call is its loss: what DDP wraps has to be called, not a method of it."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of inputs and targets."""
-        loss: Tensor = self.model.loss(inputs, targets)
-        return loss
-
-
-Wrap = Callable[[nn.Module], nn.Module]
-
-
 class Trainee:
-    """A contender with its model, wrapped, and what follows its backward pass."""
+    """A contender with its loss, which may be that of all processes, and what follows backward."""
 
-    def __init__(self, contender: Any, contest: Any, wrap: Wrap) -> None:
+    def __init__(self, contender: Any, contest: Any) -> None:
         torch.manual_seed(contest.recipe.seed)
-        self.model = wrap(LossOf(contest.make_model(contender)))
+        model = contest.make_model(contender)
+        self.loss = contest.processes.loss_of(model)
         optimizer = partial(
-            contender.optimizer, self.model.parameters(), lr=contest.recipe.lr, **contender.flags
+            contender.optimizer, model.parameters(), lr=contest.recipe.lr, **contender.flags
         )
-        self.tail = contender.tail(self.model, optimizer, contest.recipe.max_grad_norm, None)
+        self.tail = contender.tail(model, optimizer, contest.recipe.max_grad_norm, None)
 
     def step(self, batch: Sequence[Tensor]) -> float:
         """A training step; returns the loss."""
-        loss = self.model(*batch)
+        loss = self.loss(*batch)
         loss.backward()
         self.tail.step()
         return float(loss.item())
 
 
-def _contest(steps: int, quick: bool) -> tuple[Any, list[Any], list[Any]]:
-    """The demo without dropout, its contenders, and batches that two processes can halve."""
+def _contest(steps: int, quick: bool, processes: Any) -> tuple[Any, list[Any], list[Any]]:
+    """The demo without dropout, its contenders, and the part of its batches for this process."""
     program = example("classify_text")
     size = program.SMOKE if quick else program.DEFAULT
     settings = replace(size, dropout=0.0)
     parts = example("_corpus").split(program.load(None, settings).examples, settings.recipe.seed)
-    contest = program.contest_of(program.prepare(parts, settings), settings)
-    whole = [batch for batch in contest.batches_of(0) if len(batch.targets) == settings.batch_size]
+    task = program.prepare(parts, settings)
+    contest = example("train_distributed").contest_of(task, settings, processes)
     contenders = [one for one in program.CONTENDERS if one.name in (*STOCK, OURS)]
-    return contest, contenders, whole[:steps]
+    return contest, contenders, contest.batches_of(0)[:steps]
 
 
 def _losses_of_one_process(steps: int, quick: bool) -> list[float]:
-    contest, contenders, batches = _contest(steps, quick)
+    alone = example("_contest").OneProcess()
+    contest, contenders, batches = _contest(steps, quick, alone)
     stock = next(one for one in contenders if one.name == STOCK[0])
-    trainee = Trainee(stock, contest, lambda model: model)
+    trainee = Trainee(stock, contest)
     return [trainee.step(batch) for batch in batches]
 
 
@@ -94,22 +79,21 @@ def _of_rank(rank: int, folder: Path, steps: int, quick: bool) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
-    contest, contenders, batches = _contest(steps, quick)
-    trainees = {one.name: Trainee(one, contest, DistributedDataParallel) for one in contenders}
+    processes = example("_ranks").Ranks()
+    contest, contenders, batches = _contest(steps, quick, processes)
+    trainees = {one.name: Trainee(one, contest) for one in contenders}
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
     losses: dict[str, list[float]] = {name: [] for name in trainees}
     names = list(trainees)
     for turn, batch in enumerate(batches):
-        own = [tensor.tensor_split(RANKS)[rank] for tensor in batch]
         first = turn % len(names)  # nobody always follows the same neighbour
         for name in names[first:] + names[:first]:
             dist.barrier()
             begin = time.perf_counter()
-            loss = torch.tensor(trainees[name].step(own), dtype=torch.float64)
+            loss = torch.tensor(trainees[name].step(batch), dtype=torch.float64)
             dist.barrier()
             seconds[name].append(time.perf_counter() - begin)
-            dist.all_reduce(loss)
-            losses[name].append(loss.item() / RANKS)
+            losses[name].append(processes.mean(loss).item())
     if rank == 0:
         torch.save((seconds, losses), folder / "measured")
     dist.barrier()

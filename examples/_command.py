@@ -53,10 +53,11 @@ def run_command(
     run: Callable[[argparse.Namespace, Console], Mapping[str, Record]],
     options: argparse.Namespace,
     loss: str = "cross-entropy",
+    reports: bool = True,
 ) -> int:
     """Runs a program and draws what it recorded; what the user can mend ends it with status 2."""
     start = perf_counter()
-    console = Console()
+    console = Console(quiet=not reports)
     if not console.is_terminal:
         console.width = 120  # a log file need not wrap the tables at 80 columns
     try:
@@ -64,6 +65,8 @@ def run_command(
     except (DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not reports:
+        return 0
     draw_losses(records, options.plot, loss)
     console.print(f"plot: {options.plot}", soft_wrap=True)
     if options.checkpoint:

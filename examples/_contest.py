@@ -79,7 +79,12 @@ class Record:
 class OneProcess:
     """Whoever trains alone: its loss is the whole batch's."""
 
-    is_first = True  # reports, and writes the checkpoint
+    rank, count = 0, 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that reports and writes the checkpoint."""
+        return self.rank == 0
 
     def loss_of(self, model: Any) -> Callable[..., Tensor]:
         """What turns a batch into the loss to go backward from."""
@@ -295,7 +300,9 @@ def take_turn(trainee: Trainee, chunk: list[Batch], progress: Progress, task: Ta
         task,
         advance=len(chunk),
         loss=fmean(record.losses[-len(chunk) :]),
-        speed=sum(b.targets.numel() for b in chunk) / sum(record.step_seconds[-len(chunk) :]),
+        speed=trainee.processes.count
+        * sum(batch.targets.numel() for batch in chunk)
+        / sum(record.step_seconds[-len(chunk) :]),
     )
 
 

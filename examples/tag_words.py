@@ -55,9 +55,9 @@ class Settings:
 
     recipe: Recipe
     batch_size: int = 16
-    embedding_dim: int = 64
+    embedding_dim: int = 128
     hidden_size: int = 128
-    dropout: float = 0.4
+    dropout: float = 0.5
 
 
 DEFAULT = Settings(
@@ -75,12 +75,12 @@ DEFAULT = Settings(
 FULL = replace(
     DEFAULT,
     recipe=replace(DEFAULT.recipe, epochs=40, lr=1e-3),
-    embedding_dim=128,
     hidden_size=256,
 )
 SMOKE = replace(
     DEFAULT,
     recipe=replace(DEFAULT.recipe, epochs=2),
+    batch_size=32,
     embedding_dim=32,
     hidden_size=32,
 )

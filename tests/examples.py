@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 for _module in ("django", "polib", "tokenizers", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(_module)
@@ -17,18 +21,66 @@ FOLDER = ROOT / "examples"
 sys.path.insert(0, str(FOLDER))
 
 
-def run_example(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+LIMIT = 300  # seconds
+
+
+def start_example(
+    program: str, *arguments: object, launcher: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     # One thread: the run is too small to gain from two, and a busy machine stalls teams.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, str(FOLDER / program), *map(str, arguments)],
-        capture_output=True,
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(FOLDER / program), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         encoding="utf-8",
         env=environment,
-        timeout=120,
-        check=False,
     )
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    with process:
+        try:
+            output = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+
+def run_example(
+    program: str, *arguments: object, launcher: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    return finish(start_example(program, *arguments, launcher=launcher))
+
+
+def await_file(path: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + LIMIT
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+
+
+def losses_in(checkpoint: Path) -> dict[str, list[float]]:
+    """The loss of each step of each contender."""
+    saved = torch.load(checkpoint, weights_only=True)
+    return {name: state["record"]["losses"] for name, state in saved["contenders"].items()}
+
+
+def assert_goes_on_after_a_kill(program: str, whole: Path, *arguments: object) -> None:
+    """Killed when its first epoch is saved, it has the losses of the run that went through."""
+    checkpoint = whole.with_name("killed.pt")
+    arguments = (*arguments, "--plot", whole.with_name("killed.png"), "--checkpoint", checkpoint)
+    killed = start_example(program, *arguments)
+    await_file(checkpoint, killed)
+    killed.kill()
+    assert finish(killed).returncode == -signal.SIGKILL
+    expected = losses_in(whole)
+    assert all(0 < len(ls) < len(expected[name]) for name, ls in losses_in(checkpoint).items())
+    resumed = run_example(program, *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses_in(checkpoint) == expected
 
 
 def assert_reports(result: subprocess.CompletedProcess[str], contenders: list[str]) -> None:

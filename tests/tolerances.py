@@ -65,6 +65,8 @@ TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     ("mean of chances", torch.float32): (1e-2, 1e-6),
     # Losses of a language model after training, with state in fewer bytes and in fp32.
     ("small state", torch.float32): (1e-2, 0.0),
+    # Losses over an epoch or two, where processes sum their halves of a gradient.
+    ("losses of processes", torch.float32): (1e-3, 1e-5),
     # Three steps of size 1e-2 and below, from moments with errors of 3% to 6%.
     ("changed storage", torch.float32): (1e-5, 1e-2),
     ("changed storage, bf16", torch.bfloat16): (2e-2, 2e-2),

@@ -13,15 +13,15 @@ import fastopt
 from fastopt import optim
 from training import classifier, data, loss_of
 
+from _ranks import Ranks, joined_group, restarts  # isort: skip
+
 
 def main(folder: Path) -> None:
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    life = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    # Torchrun's store is that of all lives, and has the addresses of those who died.
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    dist.init_process_group(
-        "gloo", store=dist.PrefixStore(life, store), rank=rank, world_size=ranks
-    )
+    with joined_group() as group:
+        train(folder, group)
+
+
+def train(folder: Path, group: Ranks) -> None:
     model = classifier()
     fastopt.convert(model)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
-    inputs, classes = (tensor.tensor_split(ranks)[rank] for tensor in data())
+    inputs, classes = (tensor.tensor_split(group.count)[group.rank] for tensor in data())
     while step < 6:
         loss = loss_of(parallel, inputs, classes)
         optimizer.zero_grad()
@@ -41,19 +41,18 @@ def main(folder: Path) -> None:
         step += 1
         total = loss.detach().clone()
         dist.all_reduce(total)
-        if rank == 0:
+        if group.is_first:
             with (folder / "losses").open("a") as file:
                 file.write(f"{step} {total.item()!r}\n")
-        if os.environ["DIES"] == "1" and step == 3 and life == "0":
-            if rank == 1:
+        if os.environ["DIES"] == "1" and step == 3 and not restarts():
+            if not group.is_first:
                 sys.exit(1)
             dist.barrier()  # in vain: this step is not saved
-        if rank == 0:
+        if group.is_first:
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**states, "step": step}, folder / "new.pt")
             (folder / "new.pt").rename(checkpoint)
         dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -572,12 +572,13 @@ def test_torchrun_restarts_and_resumes_with_identical_losses(tmp_path: Path) -> 
         arguments = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
         script = Path(__file__).parent / "restarted.py"
         command = [sys.executable, "-m", "torch.distributed.run", *arguments, script, folder]
-        root = str(Path(__file__).parent.parent.parent)
+        root = Path(__file__).parent.parent.parent
+        paths = (root, root / "examples", Path(__file__).parent)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "DIES": str(int(dies)),
-            "PYTHONPATH": os.pathsep.join([root, str(Path(__file__).parent)]),
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
         }
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
