@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from examples import (
@@ -15,6 +16,11 @@ from examples import (
     start_example,
 )
 from tolerances import assert_matches
+
+import _contest  # isort: skip
+import _corpus  # isort: skip
+import classify_text  # isort: skip
+import train_distributed  # isort: skip
 
 PROGRAM = "train_distributed.py"
 
@@ -57,7 +63,8 @@ def test_two_processes_have_the_losses_of_one_and_go_on_after_a_death(tmp_path):
         assert_matches(two, one, op="losses of processes", dtype=torch.float32)
 
 
-def test_batches_that_cannot_be_cut_are_refused(tmp_path):
-    result = run_example(PROGRAM, *arguments(tmp_path, "three"), launcher=torchrun(3))
-    assert result.returncode != 0
-    assert "error: batches of 64 texts cannot be cut for 3 processes" in result.stderr
+def test_batches_that_cannot_be_cut_are_refused():
+    three = _contest.OneProcess()
+    three.count = 3
+    with pytest.raises(_corpus.DataError, match="64 texts cannot be cut for 3 processes"):
+        train_distributed.contest_of(None, classify_text.SMOKE, three)
