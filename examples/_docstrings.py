@@ -1,0 +1,98 @@
+"""Docstrings: those of the standard library and of installed packages, read from their sources."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from _corpus import EDGES, DataError
+
+STANDARD_LIBRARY = "python"  # in place of a package's name
+LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
+LEAST_WORDS = 3  # of a sentence
+PARAGRAPHS = re.compile(r"\n\s*\n")
+SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+NOT_PROSE = re.compile(r">>>|^\s*[-=*~]{3,}|::|^\s*[.:@]|^ |\|", re.MULTILINE)
+
+
+class Docstring(NamedTuple):
+    file: str
+    text: str
+
+
+def read_docstrings(packages: Sequence[str], containing: str = "") -> list[Docstring]:
+    """Those of modules, classes and functions, each once, in the order of their files.
+
+    Raises:
+        DataError: A package is not there.
+    """
+    found: dict[str, Docstring] = {}
+    for package in packages:
+        for file, text in _docstrings_in(_folder_of(package), containing):
+            found.setdefault(text, Docstring(f"{package}/{file}", text))
+    return list(found.values())
+
+
+def sentences_of(docstring: str) -> list[str]:
+    """The prose of a docstring; outer punctuation, which tells a first sentence, is left out."""
+    paragraphs = [p.strip("\n") for p in PARAGRAPHS.split(docstring)]
+    prose = (p for p in paragraphs if not NOT_PROSE.search(p))
+    sentences = (" ".join(s.split()).strip(EDGES) for p in prose for s in SENTENCES.split(p))
+    return [s for s in sentences if len(s.split()) >= LEAST_WORDS]
+
+
+def session_of(docstring: str) -> str:
+    """What is typed and what is answered in its examples, as Python shows it."""
+    try:
+        examples = doctest.DocTestParser().get_examples(docstring)
+    except ValueError:  # its indentation is not that of a session
+        return ""
+    return "".join(prompt_of(example.source) + example.want for example in examples)
+
+
+def prompt_of(source: str) -> str:
+    """The lines that a user types, with what Python writes in front of them."""
+    first, *others = source.rstrip("\n").split("\n")
+    return "".join([f">>> {first}\n", *(f"... {line}\n" for line in others)])
+
+
+def _folder_of(package: str) -> Path:
+    if package == STANDARD_LIBRARY:
+        return Path(sysconfig.get_paths()["stdlib"])
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"{package}: no such package is installed")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _docstrings_in(folder: Path, containing: str) -> Iterator[tuple[Path, str]]:
+    for path in sorted(folder.rglob("*.py")):
+        file = path.relative_to(folder)
+        source = path.read_bytes()
+        if LEFT_OUT.intersection(file.parts) or containing.encode() not in source:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of escapes that are none
+                tree = ast.parse(source)
+        except SyntaxError:
+            continue
+        for text in _docstrings_below(tree):
+            if containing in text:
+                yield file, text
+
+
+def _docstrings_below(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
+        yield text
+    if isinstance(node, ast.Module | ast.stmt):
+        for statement in getattr(node, "body", ()):
+            yield from _docstrings_below(statement)
