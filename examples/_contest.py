@@ -331,17 +331,28 @@ def save_checkpoint(path: Path, trainees: Sequence[Trainee], origin: dict[str, A
     partial.replace(path)
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint was made with, and the state of each contender.
+
+    Raises:
+        CheckpointError: The file is missing or something else.
+    """
+    try:
+        saved = torch.load(path, weights_only=True)
+        return saved["origin"], saved["contenders"]
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of this program") from error
+
+
 def load_checkpoint(path: Path, trainees: Sequence[Trainee], origin: dict[str, Any]) -> None:
     """Resumes where the checkpoint was written.
 
     Raises:
         CheckpointError: The file is something else, or comes from other data or settings.
     """
-    try:
-        saved = torch.load(path, weights_only=True)
-        saved_origin, states = saved["origin"], saved["contenders"]
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this program") from error
+    saved_origin, states = read_checkpoint(path)
     if saved_origin != origin:
         changed = sorted(key for key in origin if saved_origin.get(key) != origin[key])
         raise CheckpointError(f"{path} was made with another setting of {', '.join(changed)}")

@@ -28,6 +28,11 @@ class Docstring(NamedTuple):
     text: str
 
 
+class Turn(NamedTuple):
+    prompt: str
+    reply: str  # often empty
+
+
 def read_docstrings(packages: Sequence[str], containing: str = "") -> list[Docstring]:
     """Those of modules, classes and functions, each once, in the order of their files.
 
@@ -49,13 +54,13 @@ def sentences_of(docstring: str) -> list[str]:
     return [s for s in sentences if len(s.split()) >= LEAST_WORDS]
 
 
-def session_of(docstring: str) -> str:
-    """What is typed and what is answered in its examples, as Python shows it."""
+def turns_of(docstring: str) -> list[Turn]:
+    """The examples of a docstring, as Python shows them."""
     try:
         examples = doctest.DocTestParser().get_examples(docstring)
-    except ValueError:  # its indentation is not that of a session
-        return ""
-    return "".join(prompt_of(example.source) + example.want for example in examples)
+    except ValueError:  # it is not indented as a session is
+        return []
+    return [Turn(prompt_of(example.source), example.want) for example in examples]
 
 
 def prompt_of(source: str) -> str:

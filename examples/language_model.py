@@ -215,13 +215,21 @@ class LanguageModel(nn.Module):
         caches, written = self.caches(), list(prompt)
         tokens = torch.tensor([written])
         for _ in range(min(count, self.settings.context - len(prompt))):
-            logits = self(tokens, caches)[0, -1]
-            tokens = torch.softmax(logits / temperature, 0).multinomial(1, generator=generator)[
-                None
-            ]
-            written.append(int(tokens))
+            written.append(draw(self(tokens, caches)[0, -1], temperature, generator))
+            tokens = torch.tensor([written[-1:]])
         self.train()
         return written
+
+
+def draw(
+    logits: Tensor, temperature: float, generator: torch.Generator, top_k: int | None = None
+) -> int:
+    """A token by chance, of the ``top_k`` likeliest if given; at temperature 0 the likeliest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits)))[0][-1], -torch.inf)
+    return int(torch.softmax(logits / temperature, 0).multinomial(1, generator=generator))
 
 
 class Task(NamedTuple):
