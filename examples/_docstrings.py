@@ -5,16 +5,14 @@ from __future__ import annotations
 import ast
 import doctest
 import re
-import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from _corpus import EDGES, DataError
+from _corpus import EDGES
+from _packages import folder_of
 
-STANDARD_LIBRARY = "python"  # in place of a package's name
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
 LEAST_WORDS = 3  # of a sentence
 PARAGRAPHS = re.compile(r"\n\s*\n")
@@ -41,7 +39,7 @@ def read_docstrings(packages: Sequence[str], containing: str = "") -> list[Docst
     """
     found: dict[str, Docstring] = {}
     for package in packages:
-        for file, text in _docstrings_in(_folder_of(package), containing):
+        for file, text in _docstrings_in(folder_of(package), containing):
             found.setdefault(text, Docstring(f"{package}/{file}", text))
     return list(found.values())
 
@@ -67,15 +65,6 @@ def prompt_of(source: str) -> str:
     """The lines that a user types, with what Python writes in front of them."""
     first, *others = source.rstrip("\n").split("\n")
     return "".join([f">>> {first}\n", *(f"... {line}\n" for line in others)])
-
-
-def _folder_of(package: str) -> Path:
-    if package == STANDARD_LIBRARY:
-        return Path(sysconfig.get_paths()["stdlib"])
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"{package}: no such package is installed")
-    return Path(spec.submodule_search_locations[0])
 
 
 def _docstrings_in(folder: Path, containing: str) -> Iterator[tuple[Path, str]]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import polib
 from _corpus import MARKUP, DataError, identity, strip_markup
 from _families import split_families
+from _packages import folder_of
 
 SLOTS = [f"<{number}>" for number in range(8)]  # stand for the placeholders of a message
 LEAST = 100  # pairs
@@ -108,11 +107,7 @@ def _translations(
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Source, translation, and the other number of the same message."""
     for package in packages:
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise DataError(f"{package}: no such package is installed")
-        folder = Path(spec.submodule_search_locations[0])
-        for path in sorted(folder.glob(f"**/{language}/LC_MESSAGES/*.po")):
+        for path in sorted(folder_of(package).glob(f"**/{language}/LC_MESSAGES/*.po")):
             for entry in polib.pofile(str(path)):
                 if entry.obsolete or entry.fuzzy:
                     continue

@@ -26,14 +26,15 @@ import torch
 from _command import make_parser, parse, run_command, settings_of
 from _contest import Batch, Contender, Contest, Recipe, Record, Trainee
 from _corpus import DataError
-from _library import Document, Library, hold_out, read_files, read_library
+from _library import Library, hold_out, read_files, read_library
 from _report import parity_table, timing_table
 from _tail import FusedTail
+from _tokenizer import train_byte_pairs
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as stock_attention
 
@@ -44,9 +45,12 @@ from fastopt.nn.functional import scaled_dot_product_attention as fast_attention
 Attention = Callable[..., Tensor]
 
 
-def stock_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def stock_loss(
+    states: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
     """Torch 2.13 calls it linear_cross_entropy, too."""
-    return nn.functional.cross_entropy(nn.functional.linear(states, weight), targets)
+    logits = nn.functional.linear(states, weight)
+    return nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 class Parts(NamedTuple):
@@ -228,7 +232,9 @@ def draw(
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits)))[0][-1], -torch.inf)
+        logits = logits.masked_fill(
+            logits < logits.topk(min(top_k, len(logits)))[0][-1], -torch.inf
+        )
     return int(torch.softmax(logits / temperature, 0).multinomial(1, generator=generator))
 
 
@@ -241,28 +247,14 @@ class Task(NamedTuple):
     validation_bytes: int
 
 
-def train_tokenizer(documents: Sequence[Document], vocabulary: int) -> Tokenizer:
-    """Pairs of bytes that are frequent become tokens (Sennrich et al. 2016)."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((document.text for document in documents), trainer)
-    return tokenizer
-
-
 def prepare(library: Library, settings: Settings) -> Task:
     """Tokens of both parts.
 
     Raises:
         DataError: A part has fewer tokens than a batch needs.
     """
-    tokenizer = train_tokenizer(library.train, settings.vocabulary)
+    texts = (document.text for document in library.train)
+    tokenizer = train_byte_pairs(texts, settings.vocabulary, [END])
     end = tokenizer.token_to_id(END)
     parts = []
     least = {"train": settings.batch_size * settings.context, "validation": settings.context}

@@ -231,7 +231,9 @@ def train_tokenizer(texts: Iterable[Candidates], vocabulary: int) -> Tokenizer:
 class EncodedTexts:
     """Tokens of one part, [texts, sentences, tokens], handed out in batches."""
 
-    def __init__(self, texts: Sequence[Candidates], tokenizer: Tokenizer, settings: Settings) -> None:
+    def __init__(
+        self, texts: Sequence[Candidates], tokenizer: Tokenizer, settings: Settings
+    ) -> None:
         self.texts = texts
         shape = len(texts), settings.max_sentences, settings.max_tokens
         self.tokens = torch.full(shape, PADDING_ID)
@@ -267,8 +269,7 @@ def prepare(docstrings: Sequence[Docstring], settings: Settings) -> Task:
     texts, keys = texts_of(docstrings, settings)
     if len(texts) < LEAST_DOCSTRINGS:
         raise DataError(
-            f"{len(texts)} docstrings of {LEAST_SENTENCES} sentences, "
-            f"{LEAST_DOCSTRINGS} are needed"
+            f"{len(texts)} docstrings of {LEAST_SENTENCES} sentences, {LEAST_DOCSTRINGS} are needed"
         )
     parts = [[texts[i] for i in part] for part in split_families(keys, settings.recipe.seed)]
     # The tokenizer is fitted as the weights are: on the training part only.
@@ -298,7 +299,9 @@ def chosen_by_model(trainee: Trainee, texts: EncodedTexts, settings: Settings) -
     return chosen
 
 
-def chosen_by_others(train: Sequence[Candidates], texts: Sequence[Candidates]) -> dict[str, list[int]]:
+def chosen_by_others(
+    train: Sequence[Candidates], texts: Sequence[Candidates]
+) -> dict[str, list[int]]:
     """What takes no neural network."""
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
     words = vectorizer.fit_transform([s for text in train for s in text.sentences])
@@ -333,7 +336,10 @@ def word_f1(chosen: Sequence[int], texts: Sequence[Candidates]) -> float:
 
 
 def quality_table(
-    title: str, chosen: dict[str, list[int]], texts: Sequence[Candidates], records: dict[str, Record]
+    title: str,
+    chosen: dict[str, list[int]],
+    texts: Sequence[Candidates],
+    records: dict[str, Record],
 ) -> Table:
     table = Table(
         "model", "sentence F1", "word F1", "best validation loss",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +30,14 @@ from _contest import Batch, Contender, Contest, Recipe, Record, chunks
 from _messages import SLOTS, Messages, Pair, read_messages, restored
 from _report import parity_table, timing_table
 from _tail import FusedTail
+from _tokenizer import train_byte_pairs
+from language_model import stock_loss
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from sacrebleu import corpus_bleu, corpus_chrf
 from sklearn.feature_extraction.text import TfidfVectorizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as stock_attention
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -44,12 +46,6 @@ from fastopt import nn as fast_nn
 from fastopt import optim
 from fastopt.nn.functional import linear_cross_entropy
 from fastopt.nn.functional import scaled_dot_product_attention as fast_attention
-
-
-def stock_loss(states: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Torch 2.13 calls it linear_cross_entropy, too."""
-    logits = nn.functional.linear(states, weight)
-    return nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 class Parts(NamedTuple):
@@ -212,22 +208,9 @@ class Translator(nn.Module):
             ended |= tokens == END_ID
             columns.append(tokens.masked_fill(ended, END_ID))
         self.train()
-        return [[token for token in row if token != END_ID] for row in torch.cat(columns, 1).tolist()]
-
-
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Pairs of bytes that are frequent become tokens, in both languages the same; slots are whole."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[PADDING, START, END, *SLOTS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((f" {text}" for text in texts), trainer)
-    return tokenizer
+        return [
+            [token for token in row if token != END_ID] for row in torch.cat(columns, 1).tolist()
+        ]
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], longest: int) -> list[list[int]]:
@@ -279,8 +262,8 @@ class Task(NamedTuple):
 
 def prepare(messages: Messages, settings: Settings) -> Task:
     # The tokenizer is fitted as the weights are: on the training part only.
-    texts = [text for pair in messages.train for text in (pair.source, pair.target)]
-    tokenizer = train_tokenizer(texts, settings.vocabulary)
+    texts = (f" {text}" for pair in messages.train for text in (pair.source, pair.target))
+    tokenizer = train_byte_pairs(texts, settings.vocabulary, [PADDING, START, END, *SLOTS])
     parts = messages.train, messages.validation, messages.test
     return Task(tokenizer, *(EncodedPairs(part, tokenizer, settings.longest) for part in parts))
 

@@ -32,6 +32,7 @@ def start_example(
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, *launcher, str(FOLDER / program), *map(str, arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -39,10 +40,12 @@ def start_example(
     )
 
 
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+def finish(
+    process: subprocess.Popen[str], typed: str | None = None
+) -> subprocess.CompletedProcess[str]:
     with process:
         try:
-            output = process.communicate(timeout=LIMIT)
+            output = process.communicate(typed, timeout=LIMIT)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -50,9 +53,9 @@ def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 
 
 def run_example(
-    program: str, *arguments: object, launcher: Sequence[str] = ()
+    program: str, *arguments: object, launcher: Sequence[str] = (), typed: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return finish(start_example(program, *arguments, launcher=launcher))
+    return finish(start_example(program, *arguments, launcher=launcher), typed)
 
 
 def await_file(path: Path, process: subprocess.Popen[str]) -> None:

@@ -1,0 +1,98 @@
+"""The dialogue example: its memory, its prompts, its checkpoints and a short run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from examples import assert_goes_on_after_a_kill, assert_reports, run_example
+from tolerances import assert_matches
+
+pytest.importorskip("sacrebleu")
+
+import _docstrings  # isort: skip
+import _tokenizer  # isort: skip
+import converse  # isort: skip
+import language_model  # isort: skip
+
+SETTINGS = replace(language_model.SMOKE, context=48, dropout=0.0, vocabulary=300)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return _tokenizer.train_byte_pairs([">>> a + b\n3\n" * 50], 300, [language_model.END])
+
+
+@pytest.fixture
+def dialogue(tokenizer):
+    torch.manual_seed(0)
+    size = tokenizer.get_vocab_size()
+    model = language_model.LanguageModel(SETTINGS, size, language_model.FAST_PARTS)
+    return converse.Dialogue(model, tokenizer, 1.0, 10, seed=0)
+
+
+def test_caches_hold_what_was_said(dialogue):
+    for source in ("a", "a + b", "b\nc", "a" * 30, "b"):  # more than its context, in all
+        dialogue.reply(_docstrings.prompt_of(source))
+        tokens = [*dialogue.tokens, 5]
+        with torch.no_grad():
+            expected = dialogue.model(torch.tensor([tokens]))[0, -1]
+            logits = dialogue._feed([5])
+        assert_matches(logits, expected, op="attention", dtype=torch.float32)
+
+
+def test_a_dialogue_hangs_on_what_was_said_before(dialogue):
+    first = dialogue.reply(">>> a\n")
+    dialogue.forget()
+    dialogue.generator.manual_seed(0)
+    assert dialogue.reply(">>> a\n") == first
+    dialogue.forget()
+    dialogue.generator.manual_seed(0)
+    dialogue.hear(_docstrings.Turn(">>> b\n", "4\n"))
+    assert dialogue.reply(">>> a\n") != first
+
+
+def test_top_k_leaves_the_likeliest():
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = {language_model.draw(logits, 5.0, generator, 2) for _ in range(50)}
+    assert drawn == {1, 3}
+    assert language_model.draw(logits, 0.0, generator) == 1
+
+
+def test_prompts_may_have_several_lines():
+    lines = [">>> a", "b", "", "for x in y:", "...     x", "..."]
+    assert [*converse.read_prompts(lines)] == ["a", "b", "", "for x in y:\n    x\n"]
+
+
+def test_the_last_answer_of_a_session_is_asked_for():
+    turns = [_docstrings.Turn(*turn) for turn in (("a", "1"), ("b", ""), ("c", "2"), ("d", ""))]
+    assert converse.questions_of([turns], 9) == [(turns[:2], turns[2])]
+
+
+@pytest.mark.parametrize("content", [None, b"text"])
+def test_what_is_no_checkpoint_ends_the_program_with_2(tmp_path, content):
+    path = tmp_path / "model.pt"
+    if content:
+        path.write_bytes(content)
+    result = run_example("converse.py", "--talk", path, typed="")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {path}")
+
+
+def test_smoke_run_reports_draws_resumes_and_talks(tmp_path):
+    plot, whole = tmp_path / "plots" / "losses.png", tmp_path / "whole.pt"
+    result = run_example("converse.py", "--smoke", "--plot", plot, "--checkpoint", whole)
+    assert_reports(result, [contender.name for contender in converse.CONTENDERS])
+    for expected in ("perplexity", "exactly right", "chrF", "nearest prompt"):
+        assert expected in result.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert_goes_on_after_a_kill("converse.py", whole, "--smoke")
+
+    piped = run_example("converse.py", "--talk", whole, typed="a = 1\n>>> a\n")
+    assert piped.returncode == 0, piped.stderr
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a = 1\na\n")
+    from_file = run_example("converse.py", "--talk", whole, "--prompts", prompts)
+    assert from_file.stdout == piped.stdout
+    assert ">>> a = 1\n" in piped.stdout and ">>> a\n" in piped.stdout
