@@ -342,7 +342,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return saved["origin"], saved["contenders"]
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except (RuntimeError, UnpicklingError, EOFError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this program") from error
 
 

@@ -34,10 +34,10 @@ def dialogue(tokenizer):
 def test_caches_hold_what_was_said(dialogue):
     for source in ("a", "a + b", "b\nc", "a" * 30, "b"):  # more than its context, in all
         dialogue.reply(_docstrings.prompt_of(source))
-        tokens = [*dialogue.tokens, 5]
+        tokens = [*dialogue.tokens]
         with torch.no_grad():
             expected = dialogue.model(torch.tensor([tokens]))[0, -1]
-            logits = dialogue._feed([5])
+            logits = dialogue._read(tokens)  # the last one again, all others from the caches
         assert_matches(logits, expected, op="attention", dtype=torch.float32)
 
 
