@@ -65,10 +65,10 @@ SMOKE = Settings(
     packages=("json", "importlib", "numpy.lib"),
     vocabulary=400,
     context=128,
-    batch_size=16,
+    batch_size=32,
     width=32,
     heads=2,
-    layers=2,
+    layers=1,
     asked=5,
 )
 

@@ -94,7 +94,7 @@ class Settings:
 
 DEFAULT = Settings(
     Recipe(
-        epochs=3,
+        epochs=2,
         lr=2e-3,
         weight_decay=0.01,
         warmup=0.1,
@@ -114,7 +114,6 @@ FULL = replace(
 )
 SMOKE = replace(
     DEFAULT,
-    recipe=replace(DEFAULT.recipe, epochs=2),
     packages=("email", "asyncio", "unittest", "http", "multiprocessing", "tkinter"),
     vocabulary=600,
     max_tokens=16,
@@ -299,27 +298,27 @@ def chosen_by_model(trainee: Trainee, texts: EncodedTexts, settings: Settings) -
     return chosen
 
 
-def chosen_by_others(
-    train: Sequence[Candidates], texts: Sequence[Candidates]
-) -> dict[str, list[int]]:
+def other_choices(train: Sequence[Candidates]) -> dict[str, Callable[[Candidates], int]]:
     """What takes no neural network."""
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
     words = vectorizer.fit_transform([s for text in train for s in text.sentences])
     labels = [n == text.summary for text in train for n in range(len(text.sentences))]
     regression = LogisticRegression(C=3.0, max_iter=300).fit(words, labels)
-    chosen: dict[str, list[int]] = {
-        "first sentence": [0 for _ in texts],
-        "shortest sentence": [int(np.argmin([*map(len, t.sentences)])) for t in texts],
-        "most like the text, tf-idf": [],
-        "logistic regression, tf-idf": [],
-    }
-    for text in texts:
+
+    def most_central(text: Candidates) -> int:
         own = vectorizer.transform(text.sentences)
-        likeness = np.asarray(own @ own.sum(0).T).ravel()
-        chosen["most like the text, tf-idf"].append(int(likeness.argmax()))
-        scores = regression.decision_function(own)
-        chosen["logistic regression, tf-idf"].append(int(scores.argmax()))
-    return chosen
+        return int(np.asarray(own @ own.sum(0).T).argmax())
+
+    def likeliest(text: Candidates) -> int:
+        scores = regression.decision_function(vectorizer.transform(text.sentences))
+        return int(scores.argmax())
+
+    return {
+        "first sentence": lambda text: 0,
+        "shortest sentence": lambda text: int(np.argmin([*map(len, text.sentences)])),
+        "most like the text, tf-idf": most_central,
+        "logistic regression, tf-idf": likeliest,
+    }
 
 
 def sentence_f1(chosen: Sequence[int], texts: Sequence[Candidates]) -> float:
@@ -399,12 +398,13 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     records = {name: trainee.record for name, trainee in trainees.items()}
     console.print(timing_table(records, STOCK), parity_table(records))
 
+    others = other_choices(task.train.texts)
     for title, part in (
         ("Test split: which sentence was the summary?", task.test),
         ("Help topics, picked by hand", task.picked),
     ):
         chosen = {name: chosen_by_model(t, part, settings) for name, t in trainees.items()}
-        chosen |= chosen_by_others(task.train.texts, part.texts)
+        chosen |= {name: [*map(choose, part.texts)] for name, choose in others.items()}
         console.print(quality_table(title, chosen, part.texts, records))
         if part is task.test:
             console.print(examples_table(chosen["fastopt"], part.texts))

@@ -1,6 +1,7 @@
 """The dialogue example: its memory, its prompts, its checkpoints and a short run."""
 
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
@@ -71,16 +72,15 @@ def test_the_last_answer_of_a_session_is_asked_for():
 
 
 @pytest.mark.parametrize("content", [None, b"text"])
-def test_what_is_no_checkpoint_ends_the_program_with_2(tmp_path, content):
+def test_what_is_no_checkpoint_ends_the_program_with_2(tmp_path, capsys, content):
     path = tmp_path / "model.pt"
     if content:
         path.write_bytes(content)
-    result = run_example("converse.py", "--talk", path, typed="")
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {path}")
+    assert converse.main(["--talk", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}")
 
 
-def test_smoke_run_reports_draws_resumes_and_talks(tmp_path):
+def test_smoke_run_reports_draws_resumes_and_talks(tmp_path, monkeypatch, capsys):
     plot, whole = tmp_path / "plots" / "losses.png", tmp_path / "whole.pt"
     result = run_example("converse.py", "--smoke", "--plot", plot, "--checkpoint", whole)
     assert_reports(result, [contender.name for contender in converse.CONTENDERS])
@@ -89,10 +89,12 @@ def test_smoke_run_reports_draws_resumes_and_talks(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert_goes_on_after_a_kill("converse.py", whole, "--smoke")
 
-    piped = run_example("converse.py", "--talk", whole, typed="a = 1\n>>> a\n")
-    assert piped.returncode == 0, piped.stderr
+    typed = "a = 1\n>>> a\n"
+    monkeypatch.setattr("sys.stdin", StringIO(typed))
+    assert converse.main(["--talk", str(whole)]) == 0
+    piped = capsys.readouterr().out
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a = 1\na\n")
-    from_file = run_example("converse.py", "--talk", whole, "--prompts", prompts)
-    assert from_file.stdout == piped.stdout
-    assert ">>> a = 1\n" in piped.stdout and ">>> a\n" in piped.stdout
+    prompts.write_text(typed)
+    assert converse.main(["--talk", str(whole), "--prompts", str(prompts)]) == 0
+    assert capsys.readouterr().out == piped
+    assert piped.startswith(">>> a = 1\n") and ">>> a\n" in piped
