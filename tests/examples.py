@@ -32,7 +32,6 @@ def start_example(
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, *launcher, str(FOLDER / program), *map(str, arguments)],
-        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -40,12 +39,10 @@ def start_example(
     )
 
 
-def finish(
-    process: subprocess.Popen[str], typed: str | None = None
-) -> subprocess.CompletedProcess[str]:
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     with process:
         try:
-            output = process.communicate(typed, timeout=LIMIT)
+            output = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -53,9 +50,9 @@ def finish(
 
 
 def run_example(
-    program: str, *arguments: object, launcher: Sequence[str] = (), typed: str | None = None
+    program: str, *arguments: object, launcher: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    return finish(start_example(program, *arguments, launcher=launcher), typed)
+    return finish(start_example(program, *arguments, launcher=launcher))
 
 
 def await_file(path: Path, process: subprocess.Popen[str]) -> None:
