@@ -24,12 +24,13 @@ class Docstrings(Extension):
 def markdown(text: str) -> str:
     """A docstring in Markdown."""
     text = FORMULA.sub(lambda found: _displayed(found[1], found[2]), text)
-    text = INLINE_FORMULA.sub(lambda found: convert(found[1]), text)
+    # A span, as <math> at the beginning of a line would be a block of its own.
+    text = INLINE_FORMULA.sub(lambda found: f"<span>{convert(found[1])}</span>", text)
     return ROLE.sub(_reference, text)
 
 
 def _displayed(indent: str, formula: str) -> str:
-    aligned = rf"\begin{{aligned}}{dedent(formula)}\end{{aligned}}"
+    aligned = rf"\begin{{align*}}{dedent(formula)}\end{{align*}}"
     return f"{indent}{convert(aligned, display='block')}\n\n"
 
 

@@ -30,7 +30,25 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``torch.nn.MultiheadAttention.forward``, with its shapes and its errors."""
+        """As ``torch.nn.MultiheadAttention.forward``, with its shapes and its errors.
+
+        Args:
+            query: ``[queries, batch, embed_dim]``, ``[batch, queries, embed_dim]`` with
+                ``batch_first``, or ``[queries, embed_dim]``.
+            key: ``[keys, batch, kdim]``, likewise.
+            value: ``[keys, batch, vdim]``, likewise.
+            key_padding_mask: ``[batch, keys]``: bool, True where a key is *not* seen, or added to
+                the scores.
+            need_weights: Return the weights too, which are then in memory.
+            attn_mask: ``[queries, keys]`` or ``[batch * heads, queries, keys]``: bool, True where a
+                key is *not* seen, or added to the scores.
+            average_attn_weights: Average the weights over heads.
+            is_causal: A hint that ``attn_mask`` is the causal one.
+
+        Returns:
+            The output, in the form of the query, and the weights ``[batch, queries, keys]``, or
+            ``[batch, heads, queries, keys]``, or None.
+        """
         masks = key_padding_mask, attn_mask
         if not self._fits(query, key, value, *masks) or (is_causal and attn_mask is None):
             return super().forward(
@@ -169,7 +187,18 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """As ``torch.nn.TransformerEncoderLayer.forward``."""
+        """As ``torch.nn.TransformerEncoderLayer.forward``.
+
+        Args:
+            src: ``[steps, batch, d_model]``, ``[batch, steps, d_model]`` with ``batch_first``, or
+                ``[steps, d_model]``.
+            src_mask: As ``attn_mask`` of ``MultiheadAttention``.
+            src_key_padding_mask: As its ``key_padding_mask``.
+            is_causal: A hint that ``src_mask`` is the causal one.
+
+        Returns:
+            What the layer makes of ``src``, in its form.
+        """
         if src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = src_mask, src_key_padding_mask

@@ -158,7 +158,15 @@ class LinearCrossEntropyLoss(StockLoss):
         self._backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``[rows, in_features]``, as :func:`linear_cross_entropy`."""
+        """The loss of a layer's input, as :func:`linear_cross_entropy`.
+
+        Args:
+            input: ``[rows, in_features]``.
+            target: Classes or probabilities, as ``torch.nn.CrossEntropyLoss`` takes them.
+
+        Returns:
+            The loss, reduced as the module says.
+        """
         shape = self.num_classes, *self.out_features
         bias = self.linear.bias
         return linear_cross_entropy(

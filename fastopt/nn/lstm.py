@@ -106,7 +106,11 @@ class LSTM(torch.nn.LSTM):
         return self
 
     def unfreeze(self) -> LSTM:
-        """Ends what ``freeze`` began."""
+        """Ends what ``freeze`` began.
+
+        Returns:
+            The module itself.
+        """
         self._frozen = None
         return self
 
@@ -131,7 +135,22 @@ class LSTM(torch.nn.LSTM):
     def forward(  # type: ignore[override]
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        """Runs all layers; shapes, errors and texts are those of :class:`torch.nn.LSTM`."""
+        """Runs all layers; shapes, errors and texts are those of :class:`torch.nn.LSTM`.
+
+        Args:
+            input: ``[steps, batch, input_size]``, ``[batch, steps, input_size]`` with
+                ``batch_first``, ``[steps, input_size]``, or a packed sequence.
+            hx: Hidden and cell states to begin with, ``[layers * directions, batch, proj_size or
+                hidden_size]`` and ``[layers * directions, batch, hidden_size]``; zeros where not
+                given.
+
+        Returns:
+            The outputs of the last layer, in the form of the input, and the final states.
+
+        Raises:
+            ValueError: The input has another number of dimensions.
+            RuntimeError: Sizes do not fit; the module is frozen and a weight has changed.
+        """
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input

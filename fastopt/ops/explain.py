@@ -86,6 +86,9 @@ def explain(what: SteppedOptimizer | Callable[..., Any], *args: Any, **kwargs: A
         args: Of the call.
         kwargs: Of the call.
 
+    Returns:
+        A choice for each parameter, or for each call of an operator.
+
     Raises:
         TypeError: ``what`` is neither; or an optimizer, and there are arguments.
     """

@@ -296,6 +296,9 @@ class FusedOptimizer(Optimizer):
 
         A parameter that has not been stepped yet stands for its own average.
 
+        Returns:
+            The tensors of the state, not copies.
+
         Raises:
             RuntimeError: The optimizer keeps no averages.
         """
@@ -340,6 +343,9 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's; state in 8 bits is bytes, which torch's own optimizers would take for numbers.
 
+        Returns:
+            Groups and state, as torch has them.
+
         Raises:
             RuntimeError: Inside ``average_parameters()``.
         """
@@ -351,6 +357,9 @@ class FusedOptimizer(Optimizer):
 
         State that was stored otherwise than this optimizer stores it is converted at the next step.
         Where anything is raised, groups and state are those from before.
+
+        Args:
+            state_dict: What ``state_dict`` gave, of this optimizer or of torch's.
 
         Raises:
             RuntimeError: Inside ``average_parameters()``. Besides, what torch raises.

@@ -110,11 +110,19 @@ class GradientRelease:
         self._optimizer._gradient_release = None  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"grad_norm": ...}``: what the next step's gradients are clipped by."""
+        """What the next step's gradients are clipped by, to be saved beside the optimizer's.
+
+        Returns:
+            ``{"grad_norm": ...}``.
+        """
         return {"grad_norm": self.grad_norm}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what ``state_dict`` gave: the first step after a restart is clipped by it."""
+        """Takes what ``state_dict`` gave: the first step after a restart is clipped by it.
+
+        Args:
+            state_dict: Of another release, or of the same one.
+        """
         self.grad_norm = state_dict["grad_norm"]
 
     def _join(self) -> None:

@@ -99,6 +99,9 @@ def lr_range_test(
         diverged: The test ends where the smoothed loss is this many times the smallest, or not
             finite.
 
+    Returns:
+        The rates that were tried and their losses.
+
     Raises:
         TypeError: ``step`` cannot be called, or there is no optimizer.
         ValueError: A number is out of range, or none.

@@ -142,6 +142,9 @@ def warmup_cosine(
         final_factor: In [0, 1].
         last_epoch: As in torch: the step before the one to begin with.
 
+    Returns:
+        The scheduler: step it after the optimizer.
+
     Raises:
         ValueError: A number is out of range, or none.
     """
@@ -156,7 +159,17 @@ def warmup_linear(
     *,
     last_epoch: int = -1,
 ) -> LambdaLR:
-    """Linear warm-up, then a straight line; arguments as in ``warmup_cosine``.
+    """Linear warm-up, then a straight line down to ``final_factor`` of the rate.
+
+    Args:
+        optimizer: Whose learning rates are scheduled.
+        warmup_steps: Steps of the warm-up.
+        total_steps: The step from which on the rate is ``final_factor`` of its own.
+        final_factor: In [0, 1].
+        last_epoch: As in torch: the step before the one to begin with.
+
+    Returns:
+        The scheduler: step it after the optimizer.
 
     Raises:
         ValueError: A number is out of range, or none.
@@ -175,7 +188,16 @@ def warmup_stable_decay(
 ) -> LambdaLR:
     """Linear warm-up, the full rate, and a straight line in the last ``decay_steps``.
 
-    The other arguments are those of ``warmup_cosine``.
+    Args:
+        optimizer: Whose learning rates are scheduled.
+        warmup_steps: Steps of the warm-up.
+        total_steps: The step from which on the rate is ``final_factor`` of its own.
+        decay_steps: Steps of the line at the end, part of ``total_steps``.
+        final_factor: In [0, 1].
+        last_epoch: As in torch: the step before the one to begin with.
+
+    Returns:
+        The scheduler: step it after the optimizer.
 
     Raises:
         ValueError: A number is out of range, or none.
@@ -189,7 +211,13 @@ def warmup_inverse_sqrt(
 ) -> LambdaLR:
     """Linear warm-up, then as one over the square root of the step, without an end.
 
-    Arguments as in ``warmup_cosine``.
+    Args:
+        optimizer: Whose learning rates are scheduled.
+        warmup_steps: Steps of the warm-up.
+        last_epoch: As in torch: the step before the one to begin with.
+
+    Returns:
+        The scheduler: step it after the optimizer.
 
     Raises:
         ValueError: A number is out of range, or none.
