@@ -17,7 +17,9 @@ export FASTOPT_CUDA_ARCHS ?= 80 90a
 export FASTOPT_HOST_SIM ?= 1
 
 # The tests that run the kernels, for `make sanitize`.
-KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
+KERNEL_TESTS := tests/test_canaries.py tests/test_optimizer_parity.py \
+	tests/test_optimizer_layouts.py tests/test_lamb.py tests/test_muon.py tests/test_card_lamb.py \
+	tests/test_state_storage.py tests/test_gradient_release.py tests/test_schedule_free.py \
 	tests/test_conversions.py tests/test_optimizer_properties.py tests/test_training_tail.py \
 	tests/test_grad_norm.py tests/test_card_optimizers.py tests/test_card_state_storage.py \
 	tests/test_activations.py \
@@ -27,6 +29,7 @@ KERNEL_TESTS := tests/test_optimizer_parity.py tests/test_optimizer_layouts.py \
 
 .PHONY: demo examples test test-integrations docs coverage bench gpu lint format sanitize wheel \
 	smoke build clean
+.PHONY: harden-tsan harden-instructions harden-leaks harden-huge
 
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -102,6 +105,22 @@ sanitize: build
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		FASTOPT_EXPECTED_PATH=build/sanitize/lib \
 		sh -c 'cd build/sanitize/lib && $(abspath $(BIN))/python -m pytest -x $(abspath $(KERNEL_TESTS))'
+
+# The CPU kernels without Python: data races, and instructions against those of the table kept, which
+# HARDEN_FLAGS=--update writes.
+harden-tsan: build
+	$(BIN)/python tests/native/races.py
+
+harden-instructions: build
+	$(BIN)/python tests/native/instructions.py $(HARDEN_FLAGS)
+
+# Memory over 10,000 steps.
+harden-leaks: build
+	$(BIN)/python tests/harden/leaks.py
+
+# More than 2^31 elements in a tensor: up to 14 GiB of memory.
+harden-huge: build
+	$(BIN)/python tests/harden/huge.py
 
 $(RELEASE)/.installed: requirements-release.txt
 	$(PYTHON) -m venv $(RELEASE)
