@@ -41,6 +41,8 @@ def test_a_call_that_is_gone_fails(instructions: ModuleType) -> None:
 
 def test_the_counts_kept_are_of_every_call(instructions: ModuleType) -> None:
     """Each for every instruction set that valgrind knows."""
+    if not instructions.COUNTS.exists():
+        pytest.skip("no counts are kept")
     tables = instructions.json.loads(instructions.COUNTS.read_text())
     for counts in tables.values():
         sets = {name.split(": ")[0] for name in counts}

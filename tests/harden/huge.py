@@ -89,46 +89,64 @@ def grad_norm() -> None:
     check(whole, values.clamp(-0.5, 0.5))
 
 
-# Heads of a batch that repeats: 64 queries of 64 features, few keys.
 HEADS, QUERIES, FEATURES, KEYS = 4, 64, 64, 8
-OF_BATCH = HEADS * QUERIES * FEATURES
-BATCHES = PERIOD // OF_BATCH  # before they repeat
+BATCHES = COUNT // (HEADS * QUERIES * FEATURES)
 
 
-def attention_inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of the batches of a period."""
-    keys = (BATCHES, HEADS, KEYS, FEATURES)
-    key, value = (torch.randn(keys).to(DTYPE) for _ in range(2))
-    return period(2).view(BATCHES, HEADS, QUERIES, FEATURES), key, value
+def attention_inputs(batches: int) -> list[Tensor]:
+    """Query, key and value."""
+    shapes = [(batches, HEADS, rows, FEATURES) for rows in (QUERIES, KEYS, KEYS)]
+    return [torch.randn(shape).to(DTYPE) for shape in shapes]
 
 
-def whole_batch(tensor: Tensor) -> Tensor:
-    """The same for all periods."""
-    repeats = tensor.expand(PERIODS, *tensor.shape)
-    return repeats.reshape(PERIODS * tensor.size(0), *tensor.shape[1:])
+def attention_results(inputs: list[Tensor]) -> list[Tensor]:
+    """Output and gradients; the output's own is the same for every query."""
+    gradient = torch.linspace(-1, 1, FEATURES).to(DTYPE)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = attention(*leaves, backend="cpu")
+    gradients = torch.autograd.grad(output, leaves, gradient.expand_as(output))
+    return [output.detach(), *gradients]
+
+
+def check_batches(whole: Tensor, truth: Tensor) -> None:
+    """Compares every batch with the one that all are, in any order of memory."""
+    for number, part in enumerate(whole.split(PERIOD // truth.numel())):
+        if not torch.equal(part, truth.expand_as(part)):
+            raise SystemExit(f"the {number}-th part of the batches differs")
+
+
+def far_apart(tensor: Tensor, dim: int) -> Tensor:
+    """A copy whose last index along ``dim`` is beyond 2^31; what lies between is not touched."""
+    strides = list(tensor.stride())
+    strides[dim] = COUNT // (tensor.size(dim) - 1)
+    return torch.empty(COUNT + PERIOD, dtype=DTYPE).as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def attention_with_large_strides() -> None:
+    """Batches, heads and rows more than 2^31 elements away from the first."""
+    inputs = attention_inputs(2)
+    expected = attention_results(inputs)
+    found = attention_results([far_apart(x, dim) for x, dim in zip(inputs, (0, 1, 2), strict=True)])
+    for number, (result, truth) in enumerate(zip(found, expected, strict=True)):
+        if not torch.equal(result, truth):
+            raise SystemExit(f"result {number} differs")
 
 
 def attention_forward() -> None:
-    """Query and output have more than 2^31 elements."""
-    query, key, value = attention_inputs()
-    expected = attention(query, key, value, backend="cpu")
-    large = repeated(query.reshape(-1)).view(-1, HEADS, QUERIES, FEATURES)
-    output = attention(large, whole_batch(key), whole_batch(value), backend="cpu")
-    check(output.view(-1), expected)
+    """The output has more than 2^31 elements, and so would the query, if it did not repeat."""
+    inputs = attention_inputs(1)
+    expected = attention(*inputs, backend="cpu")
+    output = attention(*[x.expand(BATCHES, -1, -1, -1) for x in inputs], backend="cpu")
+    check_batches(output, expected)
 
 
 def attention_backward() -> None:
-    """Query, output and the gradient of the query have more than 2^31 elements."""
-    query, key, value = attention_inputs()
-    gradient = torch.randn(FEATURES).to(DTYPE)
-    small = query.clone().requires_grad_()
-    attention(small, key, value, backend="cpu").backward(gradient.expand_as(small))
-    assert small.grad is not None
-    large = repeated(query.reshape(-1)).view(-1, HEADS, QUERIES, FEATURES).requires_grad_()
-    output = attention(large, whole_batch(key), whole_batch(value), backend="cpu")
-    output.backward(gradient.expand_as(output))
-    assert large.grad is not None
-    check(large.grad.view(-1), small.grad)
+    """The output and the query's gradient have more than 2^31 elements."""
+    inputs = attention_inputs(1)
+    expected = attention_results(inputs)
+    found = attention_results([x.expand(BATCHES, -1, -1, -1) for x in inputs])
+    for result, truth in zip(found[:2], expected[:2], strict=True):
+        check_batches(result, truth)
 
 
 # With the memory that each needs.
@@ -136,8 +154,9 @@ CHECKS: tuple[tuple[Callable[[], None], int], ...] = (
     (optimizer_step, 8 * GIB),
     (strided_optimizer_step, 4 * GIB),
     (grad_norm, 4 * GIB),
-    (attention_forward, 10 * GIB),
-    (attention_backward, 14 * GIB),
+    (attention_with_large_strides, GIB),
+    (attention_forward, 5 * GIB),
+    (attention_backward, 10 * GIB),
 )
 
 

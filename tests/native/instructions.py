@@ -37,7 +37,7 @@ def count_instructions(program: Path) -> dict[str, int]:
         for dump in Path(folder).iterdir():
             text = dump.read_text()
             name = re.search(r"^desc: Trigger: Client Request: (.*)$", text, re.MULTILINE)
-            total = re.search(r"^(?:summary|totals): (\d+)$", text, re.MULTILINE)
+            total = re.search(r"^totals: (\d+)$", text, re.MULTILINE)
             if name and total:
                 counts[name[1]] = int(total[1])
     return dict(sorted(counts.items()))
