@@ -1,7 +1,7 @@
 """Forecasts half a year of a series from the two years before, by an LSTM trained five ways.
 
-    python examples/forecast_series.py                    # carbon dioxide, weekly, on Mauna Loa
-    python examples/forecast_series.py --series elnino    # temperature of the sea, monthly
+    python examples/forecast_series.py                    # carbon dioxide on Mauna Loa, weekly
+    python examples/forecast_series.py --series elnino    # temperature of the Pacific, monthly
     python examples/forecast_series.py --full             # a larger LSTM for longer
 
 The series are those that statsmodels' wheel carries; nothing is downloaded. The last tenth of the

@@ -1,6 +1,6 @@
 """Tags words with their parts of speech: a bidirectional LSTM trained five ways.
 
-    python examples/tag_words.py           # a minute on two cores
+    python examples/tag_words.py           # some minutes on two cores
     python examples/tag_words.py --full    # a larger LSTM for longer
 
 The sentences are the simplified Chinese messages of Django's wheel; nothing is downloaded. Nobody
@@ -91,7 +91,7 @@ class Sentence(NamedTuple):
     tags: list[str]
 
 
-def tag(examples: Iterable[Example]) -> list[Sentence]:
+def tagged(examples: Iterable[Example]) -> list[Sentence]:
     """The words and tags that jieba sees; spaces are no words."""
     jieba.setLogLevel(logging.WARNING)
     sentences = []
@@ -145,17 +145,17 @@ class TaggedPart:
         self, sentences: Sequence[Sentence], pieces: Mapping[str, int], tags: Sequence[str]
     ) -> None:
         self.sentences = sentences
-        known = {word: ids_of(word, pieces) for s in sentences for word in s.words}
+        words = sorted({word for s in sentences for word in s.words})
+        ids = pad_sequence([ids_of(word, pieces) for word in words], True, PADDING_ID)
+        rows = {word: row for row, word in enumerate(words)}
         numbers = {tag: number for number, tag in enumerate(tags)}
-        self.words = [
-            pad_sequence([known[word] for word in s.words], True, PADDING_ID) for s in sentences
-        ]
+        self.words = [ids[[rows[word] for word in s.words]] for s in sentences]
         self.tags = [torch.tensor([numbers[tag] for tag in s.tags]) for s in sentences]
 
     def batches(self, order: Iterable[int], size: int) -> list[Batch]:
         return [
             Batch(
-                pack_sequence(self._as_wide([self.words[i] for i in rows]), enforce_sorted=False),
+                pack_sequence([self.words[i] for i in rows], enforce_sorted=False),
                 pack_sequence([self.tags[i] for i in rows], enforce_sorted=False).data,
             )
             for rows in chunks(order, size)
@@ -163,12 +163,6 @@ class TaggedPart:
 
     def ordered(self) -> list[Batch]:
         return self.batches(range(len(self.sentences)), EVALUATION_BATCH)
-
-    @staticmethod
-    def _as_wide(words: list[Tensor]) -> list[Tensor]:
-        """Pads words [words, pieces] to the most pieces that any has."""
-        width = max(word.size(1) for word in words)
-        return [nn.functional.pad(w, (0, width - w.size(1)), value=PADDING_ID) for w in words]
 
 
 def ids_of(word: str, pieces: Mapping[str, int]) -> Tensor:
@@ -188,12 +182,12 @@ class Task(NamedTuple):
 
 def prepare(parts: Split) -> Task:
     """Pieces are those of the training part only."""
-    tagged = [tag(part) for part in parts]
-    counts = Counter(p for s in tagged[0] for word in s.words for p in pieces_of(word))
+    in_parts = [tagged(part) for part in parts]
+    counts = Counter(p for s in in_parts[0] for word in s.words for p in pieces_of(word))
     frequent = sorted(piece for piece, count in counts.items() if count >= LEAST)
     pieces = {piece: number for number, piece in enumerate(frequent, start=UNKNOWN_ID + 1)}
-    tags = sorted({tag for sentences in tagged for s in sentences for tag in s.tags})
-    return Task(pieces, tags, *(TaggedPart(sentences, pieces, tags) for sentences in tagged))
+    tags = sorted({tag for sentences in in_parts for s in sentences for tag in s.tags})
+    return Task(pieces, tags, *(TaggedPart(sentences, pieces, tags) for sentences in in_parts))
 
 
 def contest_of(task: Task, settings: Settings) -> Contest:
