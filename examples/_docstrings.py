@@ -15,6 +15,7 @@ from _packages import folder_of
 
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
 LEAST_WORDS = 3  # of a sentence
+PROMPT, CONTINUED = ">>> ", "... "
 PARAGRAPHS = re.compile(r"\n\s*\n")
 SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -64,7 +65,7 @@ def turns_of(docstring: str) -> list[Turn]:
 def prompt_of(source: str) -> str:
     """The lines that a user types, with what Python writes in front of them."""
     first, *others = source.rstrip("\n").split("\n")
-    return "".join([f">>> {first}\n", *(f"... {line}\n" for line in others)])
+    return "".join([f"{PROMPT}{first}\n", *(f"{CONTINUED}{line}\n" for line in others)])
 
 
 def _docstrings_in(folder: Path, containing: str) -> Iterator[tuple[Path, str]]:

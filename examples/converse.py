@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import language_model
-import torch
 from _command import make_parser, parse, run_command, settings_of
 from _contest import CheckpointError, Recipe, Record, read_checkpoint
 from _corpus import DataError
-from _docstrings import Turn, prompt_of, read_docstrings, turns_of
+from _dialogue import Dialogue
+from _docstrings import CONTINUED, PROMPT, Turn, prompt_of, read_docstrings, turns_of
 from _families import split_families
 from _library import Document, Library
 from _report import parity_table, timing_table
-from language_model import CONTENDERS, END, FAST_PARTS, STOCK, LanguageModel, draw
+from language_model import CONTENDERS, FAST_PARTS, STOCK, LanguageModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -39,8 +39,6 @@ from sacrebleu import corpus_chrf
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tokenizers import Tokenizer
 
-PROMPT, CONTINUED = ">>> ", "... "
-LONGEST_REPLY = 100  # tokens
 SHOWN = 5  # exchanges at the end of training
 
 
@@ -79,89 +77,6 @@ class Sessions(NamedTuple):
     train: list[list[Turn]]
     validation: list[list[Turn]]
     test: list[list[Turn]]
-
-
-class Dialogue:
-    """An exchange with the model; keys and values of what both said are kept."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        tokenizer: Tokenizer,
-        temperature: float,
-        top_k: int | None,
-        seed: int,
-    ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.temperature, self.top_k = temperature, top_k
-        self.generator = torch.Generator().manual_seed(seed)
-        self.end: int = tokenizer.token_to_id(END)
-        self.longest = min(LONGEST_REPLY, model.settings.context // 2)
-        self.forget()
-
-    def forget(self) -> None:
-        self.turns: list[str] = []
-        self.tokens: list[int] = []  # whose keys and values are in the caches
-        self.caches = self.model.caches()
-
-    def hear(self, turn: Turn) -> None:
-        """Takes an exchange as if it had been its own."""
-        self.turns += [turn.prompt, turn.reply]
-
-    @torch.no_grad()
-    def reply(self, prompt: str) -> str:
-        """Answers up to where the user's next turn would begin."""
-        self.turns.append(prompt)
-        logits = self._read(self._recent())
-        written: list[int] = []
-        reply, began = "", False
-        while len(written) < self.longest and not began:
-            token = draw(logits, self.temperature, self.generator, self.top_k)
-            if token == self.end:
-                break
-            written.append(token)
-            reply, began, _ = self._split(written)
-            if not began:
-                logits = self._feed([token])
-        if reply and not reply.endswith("\n"):
-            reply += "\n"
-        self.turns.append(reply)
-        return reply
-
-    def _split(self, written: Sequence[int]) -> tuple[str, str, str]:
-        return self.tokenizer.decode(written).partition(PROMPT.strip())  # type: ignore[no-any-return]
-
-    def _recent(self) -> list[int]:
-        """The latest turns that leave room for a reply, behind the end of whatever was before."""
-        room = self.model.settings.context - self.longest
-        while True:
-            tokens = [self.end, *self.tokenizer.encode("".join(self.turns)).ids]
-            if len(tokens) <= room:
-                return tokens
-            if len(self.turns) == 1:
-                return tokens[-room:]
-            del self.turns[0]
-
-    def _read(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Goes on from where the tokens differ from those in the caches."""
-        same = next(
-            (n for n, (a, b) in enumerate(zip(tokens, self.tokens, strict=False)) if a != b),
-            min(len(tokens), len(self.tokens)),
-        )
-        kept = min(same, len(tokens) - 1)
-        del self.tokens[kept:]
-        for cache in self.caches:
-            cache.length = kept
-        if not kept:
-            return self._feed(tokens)
-        return [self._feed([token]) for token in tokens[kept:]][-1]
-
-    def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Returns the logits of what follows."""
-        self.tokens += tokens
-        logits: torch.Tensor = self.model(torch.tensor([tokens]), self.caches)[0, -1]
-        return logits
 
 
 def read_sessions(packages: Sequence[str], seed: int) -> Sessions:
