@@ -71,9 +71,9 @@ $(DOCS): $(INSTALLED) requirements-docs.txt
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-coverage: build
+coverage: build $(INTEGRATIONS)
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest --ignore=tests/integrations
+	HF_HUB_OFFLINE=1 $(BIN)/python -m coverage run -m pytest
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
