@@ -29,7 +29,7 @@ KERNEL_TESTS := tests/test_canaries.py tests/test_optimizer_parity.py \
 
 .PHONY: demo examples test test-integrations docs coverage bench gpu lint format sanitize wheel \
 	smoke build clean
-.PHONY: harden-tsan harden-instructions harden-leaks harden-huge
+.PHONY: harden-tsan harden-instructions harden-leaks harden-huge harden-quick harden
 
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -51,7 +51,7 @@ examples: build
 	$(BIN)/torchrun --standalone --nproc-per-node=2 $(DISTRIBUTED) --smoke
 
 test: build
-	$(BIN)/python -m pytest --ignore=tests/integrations
+	$(BIN)/python -m pytest --ignore=tests/integrations --ignore=tests/harden
 
 $(INTEGRATIONS): $(INSTALLED) requirements-integrations.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check \
@@ -61,6 +61,13 @@ $(INTEGRATIONS): $(INSTALLED) requirements-integrations.txt
 # What frameworks would fetch is not there: models are made from configurations, data by the tests.
 test-integrations: build $(INTEGRATIONS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integrations
+
+# A small form of what `harden` runs; figures go to docs/reliability.md, see tests/harden/report.py.
+harden-quick: build
+	FASTOPT_HARDEN_CASES=1000 $(BIN)/python tests/harden/report.py run
+
+harden: build
+	FASTOPT_HARDEN_CASES=20000 $(BIN)/python tests/harden/report.py run
 
 $(DOCS): $(INSTALLED) requirements-docs.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check \
@@ -73,7 +80,7 @@ docs: $(DOCS)
 
 coverage: build $(INTEGRATIONS)
 	$(BIN)/python -m coverage erase
-	HF_HUB_OFFLINE=1 $(BIN)/python -m coverage run -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m coverage run -m pytest --ignore=tests/harden
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

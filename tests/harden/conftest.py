@@ -1,0 +1,1 @@
+from counts import tally as tally

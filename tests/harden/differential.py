@@ -1,0 +1,120 @@
+"""What differential tests share: options in pairs, odd values, and who is right where they differ.
+
+Stock is the oracle. Where a result is not stock's within the tolerances, stock in double precision
+decides: an element passes that has its value, or is at most twice as far from it as stock's own.
+So NaN and infinities are where stock has them, or, where an intermediate result of stock's
+overflowed or cancelled, where they are in exact arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from allpairspy import AllPairs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tolerances import ERROR_RATIO, REAL, TOLERANCES
+
+# Cases of a family: 20,000 by `make harden`.
+CASES = int(os.environ.get("FASTOPT_HARDEN_CASES", "1000"))
+
+ODD = (
+    float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-42, -1e-40, 1e-30, 1e30, -1e30, 3e38,
+    -65504.0, 6e-8,
+)  # fmt: skip
+# How many elements of a hundred are odd.
+portions = st.sampled_from([0, 0, 3, 50])
+
+
+def pairs(**options: Sequence[Any]) -> list[dict[str, Any]]:
+    """Rows of options that have each pair of values of each two options."""
+    rows = AllPairs([list(values) for values in options.values()])
+    return [dict(zip(options, row, strict=True)) for row in rows]
+
+
+def with_odd(values: Tensor, portion: int, generator: torch.Generator) -> Tensor:
+    """Odd values in some places, in the layout that the tensor has."""
+    if portion == 0 or values.numel() == 0:
+        return values
+    chosen = torch.rand(values.shape, generator=generator) * 100 < portion
+    odd = torch.tensor(ODD, dtype=torch.float64)
+    drawn = odd[torch.randint(len(ODD), values.shape, generator=generator)].to(values.dtype)
+    made = torch.empty_like(values)
+    made.copy_(torch.where(chosen, drawn, values))
+    return made
+
+
+def assert_agrees(actual: Tensor, stock: Tensor, truth: Tensor, op: str) -> None:
+    """Compares element by element, NaN and infinities included."""
+    dtype = actual.dtype
+    assert dtype is stock.dtype and actual.shape == stock.shape
+    rtol, atol = TOLERANCES[op, REAL.get(dtype, dtype)]
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    ours, theirs, exact = (t.detach().to(dtype).to(wide) for t in (actual, stock, truth))
+    limits: dict[str, Any] = {"rtol": rtol, "atol": atol, "equal_nan": True}
+    limit = ERROR_RATIO * (theirs - exact).abs() + atol + rtol * exact.abs()
+    passed = torch.isclose(ours, theirs, **limits) | torch.isclose(ours, exact, **limits)
+    passed |= (ours - exact).abs() <= limit
+    if not passed.all():
+        where = ~passed
+        raise AssertionError(
+            f"{int(where.sum())} of {where.numel()} elements: ours {ours[where][:4].tolist()}, "
+            f"stock {theirs[where][:4].tolist()}, exact {exact[where][:4].tolist()}"
+        )
+
+
+Check = Callable[["Draws", dict[str, Any]], None]
+
+
+def run_cases(rows: list[dict[str, Any]], cases: int, check: Check) -> int:
+    """Checks each row of options with its share of the cases, and says how many ran."""
+    share = max(1, -(-cases // len(rows)))
+    return sum(run_row(row, share, check) for row in rows)
+
+
+def run_row(row: dict[str, Any], cases: int, check: Check) -> int:
+    """Checks so many cases of one row, the same ones every time."""
+    ran = 0
+
+    @settings(
+        max_examples=cases, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(data=st.data(), seed=st.integers(0, 2**31))
+    def checked(data: Any, seed: int) -> None:
+        nonlocal ran
+        ran += 1
+        check(Draws(data, torch.Generator().manual_seed(seed)), row)
+
+    try:
+        checked()
+    except Exception as error:
+        error.add_note(f"options: {row}")
+        raise
+    return ran
+
+
+class Draws:
+    """What a case is drawn from: hypothesis for its form, a seeded generator for its numbers."""
+
+    def __init__(self, data: Any, generator: torch.Generator) -> None:
+        self._data = data
+        self.generator = generator
+
+    def of(self, strategy: Any) -> Any:
+        """A value."""
+        return self._data.draw(strategy)
+
+
+def each_pair(rows: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    """The pairs that rows have, for a test of ``pairs``."""
+    for row in rows:
+        items = [(name, repr(value)) for name, value in row.items()]
+        for place, left in enumerate(items):
+            for right in items[place + 1 :]:
+                yield left, right
