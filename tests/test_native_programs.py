@@ -17,8 +17,9 @@ def instructions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_equal_counts_pass(instructions: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    instructions.compare({"avx2: step": 1000}, {"avx2: step": 1015})
-    assert capsys.readouterr().out == "instructions: 1 calls, the most grown by +1.50%\n"
+    instructions.compare({"avx2: step": 1000}, {"avx2: step": 1015, "avx2: clip": 1000})
+    line = "instructions: 1 calls, the most grown by +1.50%; 1 more are not kept\n"
+    assert capsys.readouterr().out == line
 
 
 def test_a_slower_kernel_fails_and_is_named(
@@ -35,17 +36,13 @@ def test_a_slower_kernel_fails_and_is_named(
 
 
 def test_a_call_that_is_gone_fails(instructions: ModuleType) -> None:
-    with pytest.raises(SystemExit, match=r"came or went: .*clip"):
+    with pytest.raises(SystemExit, match=r"that are gone: .*clip"):
         instructions.compare({"avx2: step": 1000, "avx2: clip": 1000}, {"avx2: step": 1000})
 
 
-def test_the_counts_kept_are_of_every_call(instructions: ModuleType) -> None:
-    """Each for every instruction set that valgrind knows."""
+def test_the_counts_kept_are_counts(instructions: ModuleType) -> None:
     if not instructions.COUNTS.exists():
         pytest.skip("no counts are kept")
-    tables = instructions.json.loads(instructions.COUNTS.read_text())
-    for counts in tables.values():
-        sets = {name.split(": ")[0] for name in counts}
-        calls = {name.split(": ")[1] for name in counts}
-        assert "baseline" in sets and len(counts) == len(sets) * len(calls)
+    for counts in instructions.json.loads(instructions.COUNTS.read_text()).values():
+        assert "baseline" in {name.split(": ")[0] for name in counts}
         assert min(counts.values()) > 0
