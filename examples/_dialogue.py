@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 LONGEST_REPLY = 100  # tokens
+NO_ANSWER = (">", "Ċ")  # what an answer does not begin with; the tokenizer writes a line's end so
 
 
 class Dialogue:
@@ -29,6 +30,9 @@ class Dialogue:
         self.temperature, self.top_k = temperature, top_k
         self.generator = torch.Generator().manual_seed(seed)
         self.end: int = tokenizer.token_to_id(END)
+        none = [self.end, *(n for t, n in tokenizer.get_vocab().items() if t.startswith(NO_ANSWER))]
+        self.no_answer = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.bool)
+        self.no_answer[none] = True
         self.longest = min(LONGEST_REPLY, model.settings.context // 2)
         self.forget()
 
@@ -42,10 +46,12 @@ class Dialogue:
         self.turns += [turn.prompt, turn.reply]
 
     @torch.no_grad()
-    def reply(self, prompt: str) -> str:
-        """Answers up to where the user's next turn would begin."""
+    def reply(self, prompt: str, is_answered: bool = False) -> str:
+        """Answers up to where the user's next turn would begin, not at once if ``is_answered``."""
         self.turns.append(prompt)
         logits = self._read(self._recent())
+        if is_answered:
+            logits = logits.masked_fill(self.no_answer, -torch.inf)
         written: list[int] = []
         reply, began = "", ""
         while len(written) < self.longest and not began:

@@ -16,6 +16,7 @@ answer to the most similar prompt that it was trained on.
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -135,14 +136,14 @@ def questions_of(sessions: Iterable[Sequence[Turn]], count: int) -> list[tuple[l
 def answers_of(
     model: Any, tokenizer: Tokenizer, questions: Sequence[tuple[list[Turn], Turn]]
 ) -> list[str]:
-    """The likeliest answers."""
+    """The likeliest answers, where it is known that there is one."""
     dialogue = Dialogue(model, tokenizer, 0.0, None, seed=0)
     answers = []
     for before, turn in questions:
         dialogue.forget()
         for heard in before:
             dialogue.hear(heard)
-        answers.append(dialogue.reply(turn.prompt))
+        answers.append(dialogue.reply(turn.prompt, is_answered=True))
     return answers
 
 
@@ -214,7 +215,17 @@ def talk(dialogue: Dialogue, prompts: Iterable[str], show_prompts: bool) -> None
             dialogue.forget()
             continue
         prompt = prompt_of(source)
-        print(prompt if show_prompts else "", dialogue.reply(prompt), sep="", end="", flush=True)
+        reply = dialogue.reply(prompt, is_expression(source))
+        print(prompt if show_prompts else "", reply, sep="", end="", flush=True)
+
+
+def is_expression(source: str) -> bool:
+    """Python answers most of them, and few other prompts."""
+    try:
+        ast.parse(source, mode="eval")
+    except SyntaxError:
+        return False
+    return True
 
 
 def lines_of(path: Path) -> list[str]:

@@ -53,6 +53,19 @@ def test_a_dialogue_hangs_on_what_was_said_before(dialogue):
     assert dialogue.reply(">>> a\n") != first
 
 
+def test_an_answered_prompt_is_not_left_without_answer(dialogue):
+    for seed in range(20):
+        dialogue.forget()
+        dialogue.generator.manual_seed(seed)
+        reply = dialogue.reply(">>> a\n", is_answered=True)
+        assert reply and not reply.startswith((">", "\n"))
+
+
+def test_expressions_are_answered():
+    assert converse.is_expression("a + b") and converse.is_expression("print(a)")
+    assert not converse.is_expression("a = b") and not converse.is_expression("for a in b:\n    a")
+
+
 def test_top_k_leaves_the_likeliest():
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
     generator = torch.Generator().manual_seed(0)
