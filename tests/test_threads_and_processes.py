@@ -182,3 +182,67 @@ def test_every_instruction_set_of_this_machine(isa: str) -> None:
         timeout=600,
     )
     assert result.returncode == 0, result.stdout[-4000:]
+
+
+DIGEST = """
+import hashlib, os, sys, threading
+if AFFINITY:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import torch
+from fastopt import nn, optim
+from fastopt.nn.functional import attention
+
+def work():
+    generator = torch.Generator().manual_seed(0)
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+    lstm = nn.LSTM(24, 40, 2, bidirectional=True, backend="cpu")
+    with torch.no_grad():
+        for weight in lstm.parameters():
+            weight.copy_(random(*weight.shape) / 6)
+    optimizer = optim.AdamW(lstm.parameters(), max_grad_norm=1.0, backend="cpu")
+    heads = [random(2, 4, 90, 16).requires_grad_() for _ in "qkv"]
+    seen = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        lstm(random(30, 16, 24))[0].square().mean().backward()
+        optimizer.step()
+        output = attention(*heads, causal=True, backend="cpu")
+        seen += [output.detach(), *torch.autograd.grad(output.square().sum(), heads)]
+    seen += [weight.detach() for weight in lstm.parameters()]
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in seen)).hexdigest()
+
+digests = [work()]
+workers = [threading.Thread(target=lambda: digests.append(work())) for _ in "ab"]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join()
+assert len(digests) == 3
+torch.set_num_threads(1)  # torch's own threads do not outlive a fork
+child = os.fork()
+if child == 0:
+    os._exit(0 if work() == digests[0] else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert len(set(digests)) == 1
+print(digests[0])
+"""
+
+
+def test_any_environment_gives_the_same_bits_in_threads_and_children() -> None:
+    """Optimizer, LSTM and attention, one core and any ``OMP_NUM_THREADS``, also while forked."""
+    digests = set()
+    for threads, affinity in ((None, False), (None, True), ("3", False), ("7", True), ("1", False)):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = threads
+        result = subprocess.run(
+            [sys.executable, "-c", f"AFFINITY = {affinity}\n{DIGEST}"],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=180,
+        )
+        assert result.returncode == 0, result.stderr
+        digests.add(result.stdout)
+    assert len(digests) == 1
