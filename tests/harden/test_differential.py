@@ -190,7 +190,7 @@ def test_attention(tally: Tally) -> None:
                     ODD_FACTORS,
                 ),
                 row["layout"],
-            )  # fmt: skip
+            )
             for shape in shapes
         ]
         mask = masked(row["mask"], first, heads, queries, keys, random)
