@@ -320,6 +320,7 @@ class NinjaBuild(build_ext):
 
 names = ["fastopt._native_cpu"]
 if find_nvcc() is not None and os.environ.get("FASTOPT_SANITIZE") != "1":
+    gencode_flags()  # refuses wrong ones before anything is compiled
     names.append("fastopt._native_cuda")
 if os.environ.get("FASTOPT_HOST_SIM") == "1":
     names.append("fastopt._native_cuda_sim")
