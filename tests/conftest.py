@@ -6,6 +6,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # a machine with a card has what it has
+    pass
+else:
+    # The same draws on every machine and day; `make harden` draws many more.
+    settings.register_profile("fastopt", derandomize=True)
+    settings.load_profile("fastopt")
+
 if os.environ.get("FASTOPT_TEST_DEVICE") != "cuda":
     # Triton reads it where a kernel is defined; `triton_builds.py` compiles in another process.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -214,7 +214,7 @@ def test_inputs_are_not_written() -> None:
         assert tensor._version == version and torch.equal(tensor, value)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=6).map(tuple),
     hidden=st.integers(2, 20),

@@ -93,7 +93,7 @@ optimizers = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), shape=sizes, dtype=st.sampled_from(DTYPES), optimizer=optimizers)
 def test_any_step_is_the_references(
     data: Any, shape: tuple[int, ...], dtype: torch.dtype, optimizer: Any

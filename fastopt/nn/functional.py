@@ -178,11 +178,12 @@ def attention(
     heads = query.size(1)
     slopes = alibi_slopes
     if slopes is not None:
-        if slopes.shape not in ((heads,), (batch, heads)) or slopes.is_complex():
+        if slopes.shape not in ((heads,), (batch, heads)):
             raise ValueError(
-                f"alibi_slopes must be real [heads] or [batch, heads], got {slopes.dtype} "
-                f"{tuple(slopes.shape)}"
+                f"alibi_slopes must be [heads] or [batch, heads], got {tuple(slopes.shape)}"
             )
+        if slopes.is_complex():
+            raise ValueError(f"alibi_slopes must be real, got {slopes.dtype}")
         slopes = slopes.expand(batch, heads)
     if learnable_sink is not None and not (
         learnable_sink.shape == (heads,) and learnable_sink.is_floating_point()
