@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from examples import assert_goes_on_after_a_kill, assert_reports, run_example
+from tolerances import assert_matches
 
 pytest.importorskip("statsmodels")
 
@@ -23,8 +25,10 @@ def test_windows_and_targets_lie_behind_each_other(task):
             window, targets = (
                 task.in_units(part, steps)[row] for steps in (part.windows, part.targets)
             )
-            np.testing.assert_allclose(window, values[start - task.window : start], rtol=1e-5)
-            np.testing.assert_allclose(targets, values[start : start + task.horizon], rtol=1e-5)
+            expected = values[start - task.window : start], values[start : start + task.horizon]
+            for found, own in zip((window, targets), expected, strict=True):
+                actual, truth = (torch.tensor(v, dtype=torch.float32) for v in (found, own))
+                assert_matches(actual, truth, op="rounded once", dtype=torch.float32)
 
 
 def test_no_part_is_followed_by_values_of_another(task):
