@@ -125,7 +125,7 @@ harden-instructions: build
 harden-leaks: build
 	$(BIN)/python tests/harden/leaks.py
 
-# More than 2^31 elements in a tensor: up to 14 GiB of memory.
+# More than 2^31 elements in a tensor: up to 10 GiB of memory.
 harden-huge: build
 	$(BIN)/python tests/harden/huge.py
 
