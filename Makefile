@@ -28,8 +28,7 @@ KERNEL_TESTS := tests/test_canaries.py tests/test_optimizer_parity.py \
 	tests/test_card_lstm.py tests/test_cuda_lstm.py tests/test_linear_cross_entropy.py
 
 .PHONY: demo examples test test-integrations docs coverage bench gpu lint format sanitize wheel \
-	smoke build clean
-.PHONY: harden-tsan harden-instructions harden-leaks harden-huge harden-quick harden
+	smoke build clean harden harden-quick
 
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -62,12 +61,17 @@ $(INTEGRATIONS): $(INSTALLED) requirements-integrations.txt
 test-integrations: build $(INTEGRATIONS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integrations
 
-# A small form of what `harden` runs; figures go to docs/reliability.md, see tests/harden/report.py.
-harden-quick: build
-	FASTOPT_HARDEN_CASES=1000 $(BIN)/python tests/harden/report.py run
-
+# What is run to break fastopt: see tests/harden/report.py. Only `harden` and the parts alone write
+# docs/reliability.md.
 harden: build
-	FASTOPT_HARDEN_CASES=20000 $(BIN)/python tests/harden/report.py run
+	$(BIN)/python tests/harden/report.py
+
+harden-quick: build
+	$(BIN)/python tests/harden/report.py --quick
+
+# One part, such as harden-races, harden-leaks, harden-differential.
+harden-%: build
+	$(BIN)/python tests/harden/report.py $*
 
 $(DOCS): $(INSTALLED) requirements-docs.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check \
@@ -112,22 +116,6 @@ sanitize: build
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		FASTOPT_EXPECTED_PATH=build/sanitize/lib \
 		sh -c 'cd build/sanitize/lib && $(abspath $(BIN))/python -m pytest -x $(abspath $(KERNEL_TESTS))'
-
-# The CPU kernels without Python: data races, and instructions against those of the table kept, which
-# HARDEN_FLAGS=--update writes.
-harden-tsan: build
-	$(BIN)/python tests/native/races.py
-
-harden-instructions: build
-	$(BIN)/python tests/native/instructions.py $(HARDEN_FLAGS)
-
-# Memory over 10,000 steps.
-harden-leaks: build
-	$(BIN)/python tests/harden/leaks.py
-
-# More than 2^31 elements in a tensor: up to 10 GiB of memory.
-harden-huge: build
-	$(BIN)/python tests/harden/huge.py
 
 $(RELEASE)/.installed: requirements-release.txt
 	$(PYTHON) -m venv $(RELEASE)

@@ -429,6 +429,16 @@ def test_a_mask_of_the_least_number_is_no_infinity(dtype: torch.dtype) -> None:
         assert_no_worse_than_stock(actual, stock, truth)
 
 
+@pytest.mark.parametrize("width", [1, 5, 19, 64])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_subnormal_halves_are_numbers(queries: int, width: int) -> None:
+    """They are no subnormals of what computes, and models have them: of one key, what it holds."""
+    query, key = torch.ones(1, 1, queries, 3).half(), torch.ones(1, 1, 1, 3).half()
+    value = (torch.arange(1, width + 1) * 2.0**-24).half().view(1, 1, 1, width)
+    actual = attention(query, key, value, backend="cpu")
+    assert torch.equal(actual, value.expand(1, 1, queries, width))
+
+
 @pytest.mark.parametrize("size", [5e3, 5e5, 1e10])
 @pytest.mark.parametrize("queries", [2, 40])
 def test_scores_may_be_large(size: float, queries: int) -> None:

@@ -189,6 +189,19 @@ def test_logits_may_be_large(size: float, smoothing: float) -> None:
         assert_no_worse_than_stock(ours, theirs, exact)
 
 
+@pytest.mark.parametrize("features", [1, 5, 40])
+def test_subnormal_halves_are_numbers(features: int) -> None:
+    """They are no subnormals of what computes: a large feature makes a logit of one."""
+    hidden = torch.full((3, features), 6e4).half()
+    weight = torch.zeros(7, features).half()
+    weight[2] = 2.0**-16 / features
+    target = torch.tensor([2, 0, 2])
+    actual = linear_cross_entropy(hidden, weight, target, reduction="none", backend="cpu")
+    logits = hidden.double() @ weight.double().T
+    truth = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    assert_matches(actual, truth.half(), op="rounded once", dtype=torch.float16)
+
+
 @pytest.mark.usefixtures("card")
 @on_backends
 def test_classes_may_be_ruled_out(name_of_backend: str) -> None:

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastopt import nn
 from lstm_cases import LstmCase, assert_same, forward, gradients, run, weighted
+from tolerances import assert_matches
 
 WIDE = (torch.float32, torch.float64)
 NAMED = {"ids": lambda value: value.name if isinstance(value, LstmCase) else str(value)}
@@ -48,6 +50,20 @@ def test_any_number_of_threads_gives_the_same_bits(case: LstmCase, dtype: torch.
     for threads in (2, 4):
         torch.set_num_threads(threads)
         assert_equal(bits(case, dtype), one)
+
+
+@pytest.mark.parametrize("hidden", [1, 5, 12, 40])
+def test_subnormal_halves_are_numbers(hidden: int) -> None:
+    """They are no subnormals of what computes: a large state makes a pre-activation of one."""
+    ours = nn.LSTM(1, hidden, bias=False, dtype=torch.float16, backend="cpu")
+    torch.nn.init.zeros_(ours.weight_ih_l0)
+    torch.nn.init.constant_(ours.weight_hh_l0, 2.0**-16)
+    state = torch.zeros(1, 2, hidden).half()
+    state[..., 0] = 6e4
+    _, (_, cell) = ours(torch.zeros(1, 2, 1).half(), (state, torch.zeros_like(state)))
+    gate = state.double()[..., :1] * 2.0**-16
+    truth = (gate.sigmoid() * gate.tanh()).half().expand_as(cell)
+    assert_matches(cell, truth, op="rounded once", dtype=torch.float16)
 
 
 def test_calls_from_several_threads_at_once() -> None:

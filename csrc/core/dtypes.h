@@ -65,13 +65,18 @@ HOST_DEVICE void store(BFloat16* target, float value) {
   target->bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded);
 }
 
+// Its arithmetic has no subnormal floats, so that threads that flush those keep subnormal halves.
 HOST_DEVICE float load(const Half* source) {
   const uint32_t sign = static_cast<uint32_t>(source->bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(source->bits & 0x7FFFu) << 13;
-  // Rebias the exponent from 15 to 127 by a multiplication, which also normalises subnormals.
-  const float rebiased = float_from_bits(magnitude) * float_from_bits(0x77800000u);  // 2^112
-  const uint32_t infinity_or_nan = magnitude | 0x7F800000u;
-  const uint32_t bits = magnitude >= 0x0F800000u ? infinity_or_nan : float_bits(rebiased);
+  uint32_t bits;
+  if (magnitude >= 0x0F800000u) {  // infinity or NaN
+    bits = magnitude | 0x7F800000u;
+  } else if (magnitude < 0x00800000u) {  // subnormal: the subtraction of 2^-14 normalises it
+    bits = float_bits(float_from_bits(magnitude + 0x38800000u) - float_from_bits(0x38800000u));
+  } else {  // from an exponent's bias of 15 to one of 127
+    bits = magnitude + 0x38000000u;
+  }
   return float_from_bits(bits | sign);
 }
 

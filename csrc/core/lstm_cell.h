@@ -46,7 +46,8 @@ HOST_DEVICE LstmCellGradient<V> cell_gradient(const LstmGates<V>& gates, V cell_
   const V through_cell = cell + hidden * gates.output * (one - tanh_cell * tanh_cell);
   LstmCellGradient<V> result;
   result.pre.input = through_cell * gates.cell * gates.input * (one - gates.input);
-  result.pre.forget = through_cell * cell_before * gates.forget * (one - gates.forget);
+  // a closed gate first: a huge cell before it would overflow, and infinity times 0 is NaN
+  result.pre.forget = through_cell * gates.forget * (one - gates.forget) * cell_before;
   result.pre.cell = through_cell * gates.input * (one - gates.cell * gates.cell);
   result.pre.output = hidden * tanh_cell * gates.output * (one - gates.output);
   result.cell_before = through_cell * gates.forget;

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tolerances import ERROR_RATIO, REAL, TOLERANCES
+from tolerances import ERROR_RATIO, REAL, ROUNDED_OPERANDS_ULPS, TOLERANCES
 
 # Cases of a family: 20,000 by `make harden`.
 CASES = int(os.environ.get("FASTOPT_HARDEN_CASES", "1000"))
@@ -53,23 +54,51 @@ def with_odd(
     return made
 
 
-def assert_agrees(actual: Tensor, stock: Tensor, truth: Tensor, op: str) -> None:
-    """Compares element by element, NaN and infinities included."""
+def assert_agrees(
+    actual: Tensor, stock: Tensor, truth: Tensor, op: str, terms: Tensor | None = None
+) -> None:
+    """Compares element by element, NaN and infinities included.
+
+    Errors may be as large as roundings of the ``terms``, whose magnitudes' sum is given. Where an
+    operation rounds its factors and none are given, the largest value takes their place.
+    """
     dtype = actual.dtype
     assert dtype is stock.dtype and actual.shape == stock.shape
-    rtol, atol = TOLERANCES[op, REAL.get(dtype, dtype)]
     wide = torch.complex128 if dtype.is_complex else torch.float64
     ours, theirs, exact = (t.detach().to(dtype).to(wide) for t in (actual, stock, truth))
-    limits: dict[str, Any] = {"rtol": rtol, "atol": atol, "equal_nan": True}
-    limit = ERROR_RATIO * (theirs - exact).abs() + atol + rtol * exact.abs()
-    passed = torch.isclose(ours, theirs, **limits) | torch.isclose(ours, exact, **limits)
-    passed |= (ours - exact).abs() <= limit
+    real = REAL.get(dtype, dtype)
+    atol: float | Tensor
+    if (op, real) in TOLERANCES:
+        rtol, atol = TOLERANCES[op, real]
+        if terms is not None:  # that sum to less, or to nothing: half a unit of each
+            atol = (torch.finfo(real).eps / 2 * terms.nan_to_num()).clamp_min(atol)
+    else:
+        rtol, atol = (ulps * torch.finfo(real).eps for ulps in ROUNDED_OPERANDS_ULPS)
+        finite = exact[exact.isfinite()].abs()
+        largest = finite.max() if finite.numel() else torch.zeros(())
+        atol = atol * (largest if terms is None else terms.nan_to_num())
+        atol = atol + torch.finfo(real).tiny  # products of bf16 have no subnormal factors
+    passed = near(ours, theirs, rtol, atol) | near(ours, exact, rtol, atol)
+    passed |= near(ours, exact, rtol, atol + ERROR_RATIO * (theirs - exact).abs())
     if not passed.all():
         where = ~passed
         raise AssertionError(
             f"{int(where.sum())} of {where.numel()} elements: ours {ours[where][:4].tolist()}, "
             f"stock {theirs[where][:4].tolist()}, exact {exact[where][:4].tolist()}"
         )
+
+
+def unit_off(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Each value moved by up to one unit in its last place."""
+    real = torch.finfo(values.dtype)
+    noise = torch.rand(values.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return values.double() * (1 + real.eps * noise)
+
+
+def near(ours: Tensor, other: Tensor, rtol: float, atol: float | Tensor) -> Tensor:
+    """Where numbers are within the tolerances, and NaN and infinities are the same."""
+    same = torch.isclose(ours, other, rtol=0, atol=0, equal_nan=True)
+    return same | (other.isfinite() & ((ours - other).abs() <= atol + rtol * other.abs()))
 
 
 def assert_finite_alike(actual: Tensor, stock: Tensor, truth: Tensor) -> None:
@@ -79,7 +108,35 @@ def assert_finite_alike(actual: Tensor, stock: Tensor, truth: Tensor) -> None:
     assert ((finite == stock.isfinite()) | (finite == exact)).all()
 
 
-Check = Callable[["Draws", dict[str, Any]], None]
+class Draws:
+    """What a case is drawn from: hypothesis for its form, a seeded generator for its numbers."""
+
+    def __init__(self, draw: Callable[[Any], Any], seed: int) -> None:
+        self._draw, self.seed = draw, seed
+        self.drawn: list[Any] = []
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def of(self, strategy: Any) -> Any:
+        """A value."""
+        self.drawn.append(self._draw(strategy))
+        return self.drawn[-1]
+
+
+Check = Callable[[Draws, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A case that failed once: its options, the seed of its numbers, and what was drawn."""
+
+    options: dict[str, Any]
+    seed: int
+    drawn: tuple[Any, ...]
+
+    def run(self, check: Check) -> None:
+        """Checks it again."""
+        left = iter(self.drawn)
+        check(Draws(lambda _: next(left), self.seed), self.options)
 
 
 def run_cases(rows: list[dict[str, Any]], cases: int, check: Check) -> int:
@@ -91,6 +148,7 @@ def run_cases(rows: list[dict[str, Any]], cases: int, check: Check) -> int:
 def run_row(row: dict[str, Any], cases: int, check: Check) -> int:
     """Checks so many cases of one row, the same ones every time."""
     ran = 0
+    last: Draws | None = None
 
     @settings(
         max_examples=cases, deadline=None, derandomize=True, database=None,
@@ -98,28 +156,18 @@ def run_row(row: dict[str, Any], cases: int, check: Check) -> int:
     )  # fmt: skip
     @given(data=st.data(), seed=st.integers(0, 2**31))
     def checked(data: Any, seed: int) -> None:
-        nonlocal ran
+        nonlocal ran, last
         ran += 1
-        check(Draws(data, torch.Generator().manual_seed(seed)), row)
+        last = Draws(data.draw, seed)
+        check(last, row)
 
     try:
         checked()
     except Exception as error:
-        error.add_note(f"options: {row}")
+        if last is not None:
+            error.add_note(f"to keep: {Kept(row, last.seed, tuple(last.drawn))}")
         raise
     return ran
-
-
-class Draws:
-    """What a case is drawn from: hypothesis for its form, a seeded generator for its numbers."""
-
-    def __init__(self, data: Any, generator: torch.Generator) -> None:
-        self._data = data
-        self.generator = generator
-
-    def of(self, strategy: Any) -> Any:
-        """A value."""
-        return self._data.draw(strategy)
 
 
 def each_pair(rows: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:

@@ -1,11 +1,9 @@
-"""Runs the hardening tests and writes docs/reliability.md, from what was counted and nothing else.
+"""Runs what hardens fastopt and writes docs/reliability.md, from what was counted and nothing else.
 
-``python tests/harden/report.py run`` runs the tests of this folder, or the parts named, and keeps
-their figures in docs/reliability.json; ``FASTOPT_HARDEN_CASES`` is how many differential cases each
-family has. A part that fails keeps no row.
-``python tests/harden/report.py add NAME FIGURES`` keeps a row of another program: a target of the
-Makefile that ends in one line of figures calls it with that line. Either renders the page anew.
-A row says at which commit, when and with which versions it was made.
+``python tests/harden/report.py`` runs all parts, or those named, and keeps their figures in
+docs/reliability.json, of which it renders the page. A part that fails keeps no row and ends the
+others' figures as they are. ``--quick`` runs a small form of each and keeps nothing. A row says at
+which commit, when and with which versions it was made.
 """
 
 from __future__ import annotations
@@ -18,6 +16,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,21 @@ FAMILIES = {
 }
 HEAD = """# Reliability
 
-What was run to break fastopt, and how often. `make harden-quick` runs all of it in a small form,
-`make harden` in full; each writes its figures to `docs/reliability.json`, of which
-`python tests/harden/report.py` renders this page. Cases of a family are random calls beside stock
-with every pair of options, random shapes and strides, NaN, infinities, subnormal, huge and tiny
-numbers among the values; `tests/harden/differential.py` says when two results agree.
+What was run to break fastopt, and how often. `make harden` runs all of it and writes this page from
+what was counted; `make harden-quick` runs a small form in less than half an hour. A part that fails
+keeps no row.
+
+Cases of a family are random calls beside stock with every pair of options, random shapes and
+strides, NaN, infinities, subnormal, huge and tiny numbers among the values;
+`tests/harden/differential.py` says when two results agree.
 
 | what | figures | commit | date | versions |
 |---|---|---|---|---|
 """
+
+
+class FailedError(Exception):
+    """A part did not pass."""
 
 
 def provenance() -> dict[str, str]:
@@ -66,66 +72,124 @@ def keep(rows: dict[str, str]) -> None:
     PAGE.write_text(HEAD + "\n".join(lines) + "\n")
 
 
-def counted(tests: list[str]) -> tuple[int, dict[str, int]]:
-    """Runs tests in a process of their own: its status and its counts."""
+def counted(*tests: str, cases: int = 0) -> dict[str, int]:
+    """Runs tests in a process of their own and says what they counted."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "counts.json"
         environment = os.environ | {
             "FASTOPT_HARDEN_COUNTS": str(path),
+            "FASTOPT_HARDEN_CASES": str(cases),
             "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, "-m", "pytest", "-p", "counts", *tests]
-        status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        return status, json.loads(path.read_text())
+        if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+            raise FailedError
+        counts: dict[str, int] = json.loads(path.read_text())
+        return counts
 
 
-def differential() -> tuple[int, dict[str, str]]:
+def last_line(*command: str) -> str:
+    """Runs a program whose last line has its figures, behind its name."""
+    line = ""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        for line in program.stdout:
+            print(line, end="", flush=True)
+    if program.returncode:
+        raise FailedError
+    return line.strip().split(": ", 1)[-1]
+
+
+def differential(quick: bool) -> dict[str, str]:
     """Random calls beside stock."""
-    status, counts = counted(["tests/harden/test_differential.py"])
-    there = {words: counts.get(family, 0) for family, words in FAMILIES.items()}
-    return status, {words: f"{cases:,} cases, no difference" for words, cases in there.items()}
+    counts = counted("tests/harden/test_differential.py", cases=1_000 if quick else 20_000)
+    return {words: f"{counts[family]:,} cases, no difference" for family, words in FAMILIES.items()}
 
 
-def killed() -> tuple[int, dict[str, str]]:
+def killed(quick: bool) -> dict[str, str]:
     """Demos that are killed, checkpoints that are damaged."""
-    status, counts = counted(["tests/harden/test_killed_runs.py"])
-    return status, {"Killed runs and damaged checkpoints": f"{counts['tests']} tests passed"}
+    counts = counted("tests/harden/test_killed_runs.py")
+    return {"Killed runs, damaged and foreign checkpoints": f"{counts['tests']} tests passed"}
 
 
-def hostile() -> tuple[int, dict[str, str]]:
+def hostile(quick: bool) -> dict[str, str]:
     """Arguments that nobody should pass."""
-    status, counts = counted(["tests/test_hostile_input.py"])
-    figures = f"{counts['tests'] - 1:,} calls, no crash, nothing changed"
-    return status, {"Hostile arguments": figures}
+    counts = counted("tests/test_hostile_input.py")
+    return {"Hostile arguments": f"{counts['tests'] - 1:,} calls, no crash, nothing changed"}
 
 
-PARTS = {part.__name__: part for part in (differential, killed, hostile)}
+def canaries(quick: bool) -> dict[str, str]:
+    """Memory around what kernels write."""
+    counts = counted("tests/test_canaries.py")
+    return {"Canaries around every buffer": f"{counts['tests']} tests passed"}
 
 
-def run(names: list[str]) -> int:
-    """The parts named; rows are kept of those that pass."""
-    worst = 0
-    for name in names:
-        status, rows = PARTS[name]()
-        if status == 0:
-            keep(rows)
-        worst = worst or status
-    return worst
+def faults(quick: bool) -> dict[str, str]:
+    """Memory that runs out, threads, forks."""
+    counts = counted("tests/test_faults.py", "tests/test_threads_and_processes.py")
+    return {"Faults, threads, forks, workers, one core": f"{counts['tests']} tests passed"}
+
+
+def races(quick: bool) -> dict[str, str]:
+    """The CPU kernels under ThreadSanitizer."""
+    return {"ThreadSanitizer": last_line(sys.executable, "tests/native/races.py")}
+
+
+def instructions(quick: bool) -> dict[str, str]:
+    """What the CPU kernels take under callgrind."""
+    return {"Instruction counts": last_line(sys.executable, "tests/native/instructions.py")}
+
+
+def leaks(quick: bool) -> dict[str, str]:
+    """Memory over many steps."""
+    steps = "1000" if quick else "10000"
+    return {"Leaks": last_line(sys.executable, "tests/harden/leaks.py", "--steps", steps)}
+
+
+def huge(quick: bool) -> dict[str, str]:
+    """Tensors of more than 2^31 elements."""
+    return {"Huge tensors": last_line(sys.executable, "tests/harden/huge.py")}
+
+
+def sanitizers(quick: bool) -> dict[str, str]:
+    """The tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if quick:
+        return {}
+    figures = last_line("make", "--no-print-directory", "sanitize").strip("= ")
+    return {"AddressSanitizer, UndefinedBehaviorSanitizer": figures}
+
+
+PARTS: dict[str, Callable[[bool], dict[str, str]]] = {
+    part.__name__: part
+    for part in (
+        *(differential, killed, hostile, canaries, faults),
+        *(races, instructions, leaks, huge, sanitizers),
+    )
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    parts = commands.add_parser("run")
-    parts.add_argument("parts", nargs="*", metavar="PART", help="all, where none is named")
-    row = commands.add_parser("add")
-    row.add_argument("name")
-    row.add_argument("figures")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--quick", action="store_true", help="a small form, of which nothing stays")
     options = parser.parse_args()
-    if options.command == "run":
-        return run(options.parts or [*PARTS])
-    keep({options.name: options.figures})
-    return 0
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    failed = []
+    for name in options.parts or PARTS:
+        start = time.monotonic()
+        try:
+            rows = PARTS[name](options.quick)
+        except FailedError:
+            failed.append(name)
+            continue
+        for words, figures in rows.items():
+            print(f"{words}: {figures} ({time.monotonic() - start:.0f} s)", flush=True)
+        if rows and not options.quick:
+            keep(rows)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

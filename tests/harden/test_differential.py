@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,13 +17,16 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from differential import (
     CASES,
+    ODD,
     ODD_FACTORS,
+    Kept,
     assert_agrees,
     assert_finite_alike,
     each_pair,
     pairs,
     portions,
     run_cases,
+    unit_off,
     with_odd,
 )
 from fastopt import nn, optim
@@ -31,6 +36,7 @@ from strategies import on_grid, sizes, strided
 Tally = Callable[[str, int], None]
 FLAG = (False, True)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NARROW = DTYPES[2:]
 RATES = {"lr": (1e-4, 0.01, 1.0), "weight_decay": (0.0, 1 / 64, 0.25), "maximize": FLAG}
 EPS = (1e-8, 1e-3, 1.0)
 MOMENTS = {**RATES, "betas": ((0.9, 0.999), (0.0, 0.5), (0.5, 0.75)), "eps": EPS}
@@ -45,33 +51,67 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adamax": MOMENTS,
     "RAdam": {**MOMENTS, "decoupled_weight_decay": FLAG},
     "NAdam": {**MOMENTS, "decoupled_weight_decay": FLAG, "momentum_decay": (0.0, 0.25)},
+    "Muon": {"lr": RATES["lr"], "weight_decay": RATES["weight_decay"], "momentum": (0.0, 0.5, 0.9),
+             "nesterov": FLAG, "ns_steps": (0, 1, 5), "eps": (1e-7, 1.0),
+             "adjust_lr_fn": (None, "original", "match_rms_adamw")},
+    "Lion": {**RATES, "betas": MOMENTS["betas"]},
+    "LAMB": {**MOMENTS, "bias_correction": FLAG, "adam_w_mode": FLAG, "grad_averaging": FLAG,
+             "use_nvlamb": FLAG},
 }  # fmt: skip
+# Torch has no such class: the formula in double precision takes the place of stock, without what
+# makes single precision overflow or cancel, and without clipping, which rounds halves twice.
+NOT_IN_TORCH = ("Lion", "LAMB")
+# NAdam adds gradient and momentum before it divides: of two of the largest numbers that overflows.
+ODD_GRADIENTS = {
+    **dict.fromkeys(NOT_IN_TORCH, (math.nan, *ODD_FACTORS)),
+    "NAdam": tuple(value for value in ODD if value != 3e38),
+}
+matrices = st.tuples(st.integers(1, 12), st.integers(1, 40))
+
+
+def contenders(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Ours, and what it is held to."""
+    ours = getattr(optim, name)
+    if name in NOT_IN_TORCH:
+        ours = partial(ours, max_grad_norm=None)
+        return partial(ours, backend="cpu"), partial(ours, backend="reference")
+    stock = getattr(torch.optim, name)
+    if name == "Muon":
+        return ours, stock
+    return partial(ours, backend="cpu"), partial(stock, foreach=False)
 
 
 def allowed(row: dict[str, Any]) -> dict[str, Any]:
     """Nesterov's momentum is one without dampening."""
-    if row.get("nesterov"):
+    if row.get("nesterov") and "dampening" in row:
         return {**row, "momentum": row["momentum"] or 0.9, "dampening": 0.0}
     return dict(row)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name: str, tally: Tally) -> None:
-    classes = getattr(optim, name), getattr(torch.optim, name)
+    make, make_other = contenders(name)
+    op = "muon" if name == "Muon" else "optimizer"
+    odd = ODD_GRADIENTS.get(name, ODD)
 
     def check(draw: Any, row: dict[str, Any]) -> None:
         options = allowed(row)
         dtype = options.pop("dtype")
-        shape, portion = draw.of(sizes), draw.of(portions)
-        values = with_odd(draw.of(strided(shape, dtype, True)), portion, draw.generator)
+        shape = draw.of(matrices if name == "Muon" else sizes)
+        portion = draw.of(portions)
+        values = with_odd(draw.of(strided(shape, dtype, True)), portion, draw.generator, odd)
         params = [torch.nn.Parameter(values), torch.nn.Parameter(values.detach().clone())]
         params.append(torch.nn.Parameter(values.detach().double()))
-        ours = classes[0]([params[0]], **options, backend="cpu")
-        others = [classes[1]([param], **options, foreach=False) for param in params[1:]]
+        ours = make([params[0]], **options)
+        others = [make_other([param], **options) for param in params[1:]]
         for _ in range(2):
-            grad = with_odd(draw.of(strided(shape, dtype, False)), portion, draw.generator)
+            grad = with_odd(draw.of(strided(shape, dtype, False)), portion, draw.generator, odd)
             for param in params:
-                param.grad = grad.to(param.dtype)
+                param.grad = (
+                    grad
+                    if param is params[0]
+                    else grad.to(param.dtype).clone(memory_format=torch.contiguous_format)
+                )
             before = params[1].detach().clone()
             with torch.no_grad():  # equal numbers before the step that is compared
                 before = torch.where(before.isfinite(), on_grid(before), before)
@@ -84,11 +124,11 @@ def test_optimizers(name: str, tally: Tally) -> None:
             ours.step()
             for other in others:
                 other.step()
-            assert_agrees(params[0], params[1], params[2], "optimizer")
+            assert_agrees(params[0], params[1], params[2], op)
             for key, value in others[0].state[params[1]].items():
                 if isinstance(value, Tensor):
                     exact = others[1].state[params[2]][key]
-                    assert_agrees(ours.state[params[0]][key], value, exact, "optimizer")
+                    assert_agrees(ours.state[params[0]][key], value, exact, op)
 
     rows = pairs(**OPTIMIZERS[name], dtype=DTYPES)
     tally("optimizers", run_cases(rows, -(-CASES // len(OPTIMIZERS)), check))
@@ -98,8 +138,26 @@ LSTMS = {
     "num_layers": (1, 2, 3), "bias": FLAG, "batch_first": FLAG, "bidirectional": FLAG,
     "projected": FLAG, "initial": FLAG, "form": ("batch", "packed", "unbatched"),
     "layout": ("contiguous", "transposed", "strided", "expanded"), "training": FLAG,
-    "dtype": (torch.float32, torch.float64),
+    "dtype": DTYPES,
 }  # fmt: skip
+
+
+KEPT_LSTMS = (
+    # A closed forget gate, and a cell before it that overflowed on its way to zero.
+    Kept(
+        {"num_layers": 2, "bias": False, "batch_first": False, "bidirectional": False,
+         "projected": False, "initial": True, "form": "batch", "layout": "expanded",
+         "training": False, "dtype": torch.float32},
+        163, (2, 21, 1, 4, 1, 1, 1, 1, 50, 0),
+    ),
+    # A weight that is a subnormal half.
+    Kept(
+        {"num_layers": 2, "bias": False, "batch_first": False, "bidirectional": False,
+         "projected": True, "initial": True, "form": "packed", "layout": "strided",
+         "training": False, "dtype": torch.float16},
+        12116, (1, 12, 5, 2, 1, 1, 3, 69),
+    ),
+)  # fmt: skip
 
 
 def test_lstm(tally: Tally) -> None:
@@ -128,11 +186,15 @@ def test_lstm(tally: Tally) -> None:
             for size in (options["proj_size"] or hidden, hidden):
                 made = torch.randn(blocks, *middle, size, generator=random).to(dtype)
                 states.append(with_odd(made, portion, random))
-        results = []
-        for lstm in (ours, stock, exact):
+
+        def run(lstm: Any, tensors: Sequence[Tensor], off: bool = False) -> list[Tensor]:
+            """Three outputs, then gradients with respect to all that is given and all weights.
+
+            Where what is given is rounded off, so is the gradient at each step.
+            """
             lstm.train(row["training"])
             wide = lstm.weight_hh_l0.dtype
-            leaves = [t.to(wide).detach().requires_grad_() for t in (data, *states)]
+            leaves = [t.to(wide).detach().requires_grad_() for t in tensors]
             given: Any = leaves[0]
             if form == "packed":
                 given = pack_padded_sequence(
@@ -140,19 +202,40 @@ def test_lstm(tally: Tally) -> None:
                 )
             output, final = lstm(given, tuple(leaves[1:]) or None)
             output = output.data if isinstance(output, PackedSequence) else output
-            weights = torch.arange(output.numel(), dtype=wide).remainder(5).view(output.shape) - 2
+            weights = small_numbers(output.shape).to(wide)
+            if off:
+                weights = unit_off(weights.to(dtype), random)
             loss = (output * weights).sum() + final[0].sum() - final[1].sum() / 2
-            gradients = torch.autograd.grad(loss, [*leaves, *lstm.parameters()])
-            results.append(([output, *final], gradients))
-        for triple in zip(*(outputs for outputs, _ in results), strict=True):
-            assert_agrees(*triple, "lstm")
-        for triple in zip(*(gradients for _, gradients in results), strict=True):
-            if portion:
+            return [output, *final, *torch.autograd.grad(loss, [*leaves, *lstm.parameters()])]
+
+        results = [run(lstm, (data, *states)) for lstm in (ours, stock, exact)]
+        terms: list[Tensor | None] = [None] * len(results[0])
+        if dtype in NARROW:
+            terms = [torch.zeros(()) for _ in terms]
+            for _ in range(8):
+                with torch.no_grad():
+                    for moved, weight in zip(exact.parameters(), stock.parameters(), strict=True):
+                        moved.copy_(unit_off(weight, random))
+                rounded = run(exact, [unit_off(x, random) for x in (data, *states)], off=True)
+                for place, (one, right) in enumerate(zip(rounded, results[2], strict=True)):
+                    error = (one - right).nan_to_num().abs().max() / torch.finfo(dtype).eps
+                    terms[place] = error.maximum(terms[place])
+        for place, triple in enumerate(zip(*results, strict=True)):
+            if place < 3:
+                assert_agrees(*triple, "lstm", terms[place])
+            elif portion:
                 assert_finite_alike(*triple)
             else:
-                assert_agrees(*triple, "lstm gradients")
+                assert_agrees(*triple, "lstm gradients", terms[place])
 
+    for case in KEPT_LSTMS:
+        case.run(check)
     tally("LSTM", run_cases(pairs(**LSTMS), CASES, check))
+
+
+def small_numbers(shape: Sequence[int]) -> Tensor:
+    """From -2 to 2."""
+    return torch.arange(math.prod(shape)).remainder(5).view(*shape) - 2
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
@@ -167,8 +250,24 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 ATTENTIONS = {
     "mask": (None, "allowed", "allowed for all", "bias", "bias of keys", "bias of queries"),
     "is_causal": FLAG, "scale": (None, 0.25, -0.5), "enable_gqa": FLAG, "dims": (3, 4),
-    "layout": ("contiguous", "transposed", "strided"), "gradients": FLAG, "dtype": DTYPES[:2],
+    "layout": ("contiguous", "transposed", "strided"), "gradients": FLAG, "dtype": DTYPES,
 }  # fmt: skip
+
+
+KEPT_ATTENTIONS = (
+    # Stock has NaN where what a causal mask hides is multiplied by a scale below 0.
+    Kept(
+        {"mask": None, "is_causal": True, "scale": -0.5, "enable_gqa": True, "dims": 4,
+         "layout": "contiguous", "gradients": True, "dtype": torch.float64},
+        0, (1, 1, 1, 1, 2, 1, 1, 0),
+    ),
+    # One key: what each query takes of it is 1, whatever its score, and no gradient is left.
+    Kept(
+        {"mask": "allowed for all", "is_causal": False, "scale": None, "enable_gqa": True,
+         "dims": 3, "layout": "strided", "gradients": True, "dtype": torch.float32},
+        577813, (1, 1, 2, 17, 1, 1, 20, 0),
+    ),
+)  # fmt: skip
 
 
 def test_attention(tally: Tally) -> None:
@@ -188,32 +287,86 @@ def test_attention(tally: Tally) -> None:
                     portion,
                     random,
                     ODD_FACTORS,
+                    Kept,
                 ),
                 row["layout"],
             )
             for shape in shapes
         ]
         mask = masked(row["mask"], first, heads, queries, keys, random)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(dtype)
         is_causal = row["is_causal"] and mask is None
         options = {"is_causal": is_causal, "scale": row["scale"], "enable_gqa": row["enable_gqa"]}
         results = []
         for function, wide in (
             (scaled_dot_product_attention, dtype), (stock_attention, dtype),
-            (stock_attention, torch.float64),
+            (plain_attention, torch.float64),
         ):  # fmt: skip
             leaves = [t.to(wide).detach().requires_grad_(row["gradients"]) for t in given]
             bias = mask if mask is None or mask.dtype is torch.bool else mask.to(wide)
             output = function(*leaves, attn_mask=bias, **options)
             gradients: tuple[Tensor, ...] = ()
+            weights = small_numbers(output.shape).to(wide)
             if row["gradients"]:
-                weights = torch.arange(output.numel(), dtype=wide).remainder(5).view(output.shape)
-                gradients = torch.autograd.grad((output * (weights - 2)).sum(), leaves)
-            results.append(([output], gradients))
-        for kind, op in enumerate(("attention", "attention gradients")):
-            for triple in zip(*(result[kind] for result in results), strict=True):
-                assert_agrees(*triple, op)
+                gradients = torch.autograd.grad((output * weights).sum(), leaves)
+            results.append((output, *gradients))
+        terms = magnitudes(*(t.double() for t in (*given, weights)), bias, **options)
+        for place, triple in enumerate(zip(*results, strict=True)):
+            op = "attention gradients" if place else "attention"
+            assert_agrees(*triple, op, terms[place])
 
+    for case in KEPT_ATTENTIONS:
+        case.run(check)
     tally("attention", run_cases(pairs(**ATTENTIONS), CASES, check))
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, enable_gqa: bool,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """What the documentation of torch says; its kernels have NaN for causal and a scale below 0."""
+    if enable_gqa:
+        key, value = repeated(query, key), repeated(query, value)
+    return probabilities(query, key, attn_mask, **options) @ value
+
+
+def repeated(query: Tensor, heads: Tensor) -> Tensor:
+    """Heads of keys or values, one for each of the query's."""
+    return heads.repeat_interleave(query.size(-3) // heads.size(-3), -3)
+
+
+def probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    """What each query takes of each key."""
+    scores = query @ key.mT * (query.size(-1) ** -0.5 if scale is None else scale)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None and mask.dtype is torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1)
+
+
+def magnitudes(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, mask: Tensor | None, *,
+    is_causal: bool, scale: float | None, enable_gqa: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Sums of the terms' magnitudes in the output and the gradients of query, key and value."""
+    heads = key.size(-3)
+    key, value = repeated(query, key), repeated(query, value)
+    taken = probabilities(query, key, mask, is_causal, scale)
+    of_taken = grad.abs() @ value.abs().mT
+    of_scores = taken * (of_taken + (taken * of_taken).sum(-1, keepdim=True))
+    of_scores = of_scores * abs(query.size(-1) ** -0.5 if scale is None else scale)
+
+    def shared(of_heads: Tensor) -> Tensor:
+        return of_heads.unflatten(-3, (heads, -1)).sum(-3)
+
+    of_key, of_value = shared(of_scores.mT @ query.abs()), shared(taken.mT @ grad.abs())
+    return taken @ value.abs(), of_scores @ key.abs(), of_key, of_value
 
 
 def masked(

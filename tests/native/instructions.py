@@ -7,6 +7,7 @@ AVX-512. With ``--update`` the counts found replace those kept.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from native_program import build_program, package_build
+from native_program import ROOT, build_program, package_build
 
 COUNTS = Path(__file__).with_name("instruction_counts.json")
 TOLERANCE = 0.02  # what another C library's memset and memcpy change
@@ -26,10 +27,31 @@ def compiler_version() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
 
 
-def count_instructions(program: Path) -> dict[str, int]:
+def find_valgrind() -> str:
+    """The one that is installed, or else Debian's package, unpacked below ``build``.
+
+    Raises:
+        SystemExit: There is neither.
+    """
+    if found := shutil.which("valgrind"):
+        return found
+    folder = ROOT / "build" / "valgrind"
+    program = folder / "usr" / "bin" / "valgrind"
+    if not program.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fetch = "apt-get download valgrind || { apt-get update && apt-get download valgrind; }"
+        unpack = f"({fetch}) && dpkg-deb --extract valgrind_*.deb ."
+        if subprocess.run(["sh", "-c", unpack], cwd=folder, stdout=subprocess.DEVNULL).returncode:
+            raise SystemExit("callgrind is needed: apt-get install valgrind")
+    os.environ["VALGRIND_LIB"] = str(folder / "usr" / "libexec" / "valgrind")
+    os.environ["CPATH"] = str(folder / "usr" / "include")
+    return str(program)
+
+
+def count_instructions(valgrind: str, program: Path) -> dict[str, int]:
     """By instruction set and call."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--callgrind-out-file=out"]
+        command = [valgrind, "--tool=callgrind", "--instr-atstart=no", "--callgrind-out-file=out"]
         result = subprocess.run([*command, program], cwd=folder, capture_output=True, text=True)
         if result.returncode != 0:
             raise SystemExit(f"callgrind failed:\n{result.stderr}")
@@ -70,9 +92,8 @@ def main() -> None:
     Raises:
         SystemExit: There is no valgrind, or ``compare`` raised it.
     """
-    if shutil.which("valgrind") is None:
-        raise SystemExit("callgrind is needed: apt-get install valgrind")
-    counts = count_instructions(build_program("instructions"))
+    valgrind = find_valgrind()
+    counts = count_instructions(valgrind, build_program("instructions"))
     version = compiler_version()
     kept = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
     if "--update" in sys.argv[1:]:

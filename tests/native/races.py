@@ -1,4 +1,4 @@
-"""``make harden-tsan``: the CPU kernels under ThreadSanitizer, and that it would report a race."""
+"""``make harden-races``: the CPU kernels under ThreadSanitizer, and that it would report a race."""
 
 from __future__ import annotations
 

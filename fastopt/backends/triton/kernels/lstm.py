@@ -43,7 +43,7 @@ def cell_gradient(gates, cell_before, cell_now, hidden, cell):
     through_cell = cell + hidden * output * (1 - tanh_cell * tanh_cell)
     pre = (
         through_cell * candidate * input * (1 - input),
-        through_cell * cell_before * forget * (1 - forget),
+        through_cell * forget * (1 - forget) * cell_before,
         through_cell * input * (1 - candidate * candidate),
         hidden * tanh_cell * output * (1 - output),
     )
