@@ -1,6 +1,8 @@
-"""Who trains an LSTM: stock, fastopt, and what lies between them."""
+"""Who trains a model: stock, fastopt, and what lies between them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from _contest import Contender
@@ -8,11 +10,24 @@ from _tail import FusedTail
 
 from fastopt import nn, optim
 
-CONTENDERS = (
-    Contender("stock", torch.optim.Adam),
-    Contender("stock, fused", torch.optim.Adam, {"fused": True}),
-    Contender("fastopt optimizer", optim.Adam, tail=FusedTail),
-    Contender("fastopt LSTM", torch.optim.Adam, {"fused": True}, part=nn.LSTM),
-    Contender("fastopt", optim.Adam, tail=FusedTail, part=nn.LSTM),
-)
 STOCK = ("stock", "stock, fused")
+
+
+def five_ways(
+    optimizer: str, part: str, stock: Any, fast: Any, fastest: Any = None
+) -> tuple[Contender, ...]:
+    """Stock as most people write it, stock at its best, fastopt's optimizer, its part, and both.
+
+    ``part`` names what ``stock`` and ``fast`` are; ``fastest`` goes with fastopt's optimizer.
+    """
+    theirs, ours = getattr(torch.optim, optimizer), getattr(optim, optimizer)
+    return (
+        Contender("stock", theirs, part=stock),
+        Contender("stock, fused", theirs, {"fused": True}, part=stock),
+        Contender("fastopt optimizer", ours, tail=FusedTail, part=stock),
+        Contender(f"fastopt {part}", theirs, {"fused": True}, part=fast),
+        Contender("fastopt", ours, tail=FusedTail, part=fastest or fast),
+    )
+
+
+CONTENDERS = five_ways("Adam", "LSTM", torch.nn.LSTM, nn.LSTM)

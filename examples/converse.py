@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import language_model
 from _command import make_parser, parse, run_command, settings_of
+from _contenders import STOCK
 from _contest import CheckpointError, Recipe, Record, read_checkpoint
 from _corpus import DataError
 from _dialogue import Dialogue
@@ -32,7 +33,7 @@ from _docstrings import CONTINUED, PROMPT, Turn, prompt_of, read_docstrings, tur
 from _families import split_families
 from _library import Document, Library
 from _report import parity_table, timing_table
-from language_model import CONTENDERS, FAST_PARTS, STOCK, LanguageModel
+from language_model import CONTENDERS, FAST_PARTS, LanguageModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text

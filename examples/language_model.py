@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _command import make_parser, parse, run_command, settings_of
+from _contenders import STOCK, five_ways
 from _contest import Batch, Contender, Contest, Recipe, Record, Trainee
 from _corpus import DataError
 from _library import Library, hold_out, read_files, read_library
 from _report import parity_table, timing_table
-from _tail import FusedTail
 from _tokenizer import train_byte_pairs
 from rich.console import Console
 from rich.panel import Panel
@@ -38,7 +38,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as stock_attention
 
-from fastopt import optim
 from fastopt.nn.functional import linear_cross_entropy
 from fastopt.nn.functional import scaled_dot_product_attention as fast_attention
 
@@ -63,14 +62,7 @@ class Parts(NamedTuple):
 STOCK_PARTS = Parts(stock_attention, stock_loss)
 ATTENTION_ALONE = Parts(fast_attention, stock_loss)
 FAST_PARTS = Parts(fast_attention, linear_cross_entropy)
-CONTENDERS = (
-    Contender("stock", torch.optim.AdamW, part=STOCK_PARTS),
-    Contender("stock, fused", torch.optim.AdamW, {"fused": True}, part=STOCK_PARTS),
-    Contender("fastopt optimizer", optim.AdamW, tail=FusedTail, part=STOCK_PARTS),
-    Contender("fastopt attention", torch.optim.AdamW, {"fused": True}, part=ATTENTION_ALONE),
-    Contender("fastopt", optim.AdamW, tail=FusedTail, part=FAST_PARTS),
-)
-STOCK = ("stock", "stock, fused")
+CONTENDERS = five_ways("AdamW", "attention", STOCK_PARTS, ATTENTION_ALONE, FAST_PARTS)
 END = "<|end|>"  # of a document
 
 

@@ -30,12 +30,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from _command import make_parser, parse, run_command, settings_of
+from _contenders import STOCK, five_ways
 from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks, predict
 from _corpus import DataError, identity
 from _docstrings import Docstring, read_docstrings, sentences_of
 from _families import split_families
 from _report import parity_table, timing_table
-from _tail import FusedTail
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +48,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastopt import nn as fast_nn
-from fastopt import optim
 
 
 class Layers(NamedTuple):
@@ -60,14 +59,7 @@ class Layers(NamedTuple):
 
 STOCK_LAYERS = Layers(nn.LSTM, nn.TransformerEncoderLayer)
 FAST_LAYERS = Layers(fast_nn.LSTM, fast_nn.TransformerEncoderLayer)
-CONTENDERS = (
-    Contender("stock", torch.optim.AdamW, part=STOCK_LAYERS),
-    Contender("stock, fused", torch.optim.AdamW, {"fused": True}, part=STOCK_LAYERS),
-    Contender("fastopt optimizer", optim.AdamW, tail=FusedTail, part=STOCK_LAYERS),
-    Contender("fastopt layers", torch.optim.AdamW, {"fused": True}, part=FAST_LAYERS),
-    Contender("fastopt", optim.AdamW, tail=FusedTail, part=FAST_LAYERS),
-)
-STOCK = ("stock", "stock, fused")
+CONTENDERS = five_ways("AdamW", "layers", STOCK_LAYERS, FAST_LAYERS)
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 PADDING_ID = 0
 LEAST_SENTENCES = 3  # two of them would make a guess look good

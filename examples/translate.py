@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _command import make_parser, parse, run_command, settings_of
+from _contenders import STOCK, five_ways
 from _contest import Batch, Contender, Contest, Recipe, Record, chunks
 from _messages import SLOTS, Messages, Pair, read_messages, restored
 from _report import parity_table, timing_table
-from _tail import FusedTail
 from _tokenizer import train_byte_pairs
 from language_model import stock_loss
 from rich.console import Console
@@ -43,7 +43,6 @@ from torch.nn.functional import scaled_dot_product_attention as stock_attention
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastopt import nn as fast_nn
-from fastopt import optim
 from fastopt.nn.functional import linear_cross_entropy
 from fastopt.nn.functional import scaled_dot_product_attention as fast_attention
 
@@ -59,14 +58,7 @@ class Parts(NamedTuple):
 STOCK_PARTS = Parts(nn.LSTM, stock_attention, stock_loss)
 LAYERS_ALONE = Parts(fast_nn.LSTM, fast_attention, stock_loss)
 FAST_PARTS = Parts(fast_nn.LSTM, fast_attention, linear_cross_entropy)
-CONTENDERS = (
-    Contender("stock", torch.optim.AdamW, part=STOCK_PARTS),
-    Contender("stock, fused", torch.optim.AdamW, {"fused": True}, part=STOCK_PARTS),
-    Contender("fastopt optimizer", optim.AdamW, tail=FusedTail, part=STOCK_PARTS),
-    Contender("fastopt layers", torch.optim.AdamW, {"fused": True}, part=LAYERS_ALONE),
-    Contender("fastopt", optim.AdamW, tail=FusedTail, part=FAST_PARTS),
-)
-STOCK = ("stock", "stock, fused")
+CONTENDERS = five_ways("AdamW", "layers", STOCK_PARTS, LAYERS_ALONE, FAST_PARTS)
 MEMORY = "translation memory"
 PADDING, START, END = "[PAD]", "[START]", "[END]"
 PADDING_ID, START_ID, END_ID = range(3)
