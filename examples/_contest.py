@@ -53,11 +53,11 @@ class Recipe:
     epochs: int
     lr: float
     weight_decay: float
-    warmup: float  # share of all steps
-    max_grad_norm: float
-    ema_decay: float | None  # None: the parameters themselves are evaluated, not their averages
     patience: int  # epochs without a better validation loss before training stops
-    seed: int
+    warmup: float = 0.1  # share of all steps
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None  # None: parameters themselves are evaluated, not averages
+    seed: int = 0
 
 
 @dataclass

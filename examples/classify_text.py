@@ -68,18 +68,7 @@ class Settings:
     max_labels: int | None = None
 
 
-DEFAULT = Settings(
-    Recipe(
-        epochs=2,
-        lr=5e-3,
-        weight_decay=1e-5,
-        warmup=0.1,
-        max_grad_norm=1.0,
-        ema_decay=None,
-        patience=3,
-        seed=0,
-    )
-)
+DEFAULT = Settings(Recipe(epochs=2, lr=5e-3, weight_decay=1e-5, patience=3))
 FULL = replace(
     DEFAULT,
     recipe=replace(DEFAULT.recipe, epochs=3, ema_decay=0.998),

@@ -90,18 +90,7 @@ class Settings:
     hidden_size: int = 64
 
 
-DEFAULT = Settings(
-    Recipe(
-        epochs=20,
-        lr=2e-3,
-        weight_decay=1e-5,
-        warmup=0.1,
-        max_grad_norm=1.0,
-        ema_decay=0.99,
-        patience=20,
-        seed=0,
-    )
-)
+DEFAULT = Settings(Recipe(epochs=20, lr=2e-3, weight_decay=1e-5, patience=20, ema_decay=0.99))
 FULL = replace(DEFAULT, recipe=replace(DEFAULT.recipe, epochs=60), hidden_size=128)
 SMOKE = replace(DEFAULT, recipe=replace(DEFAULT.recipe, epochs=2), batch_size=64, hidden_size=16)
 

@@ -84,18 +84,7 @@ class Settings:
     temperature: float = 0.8
 
 
-DEFAULT = Settings(
-    Recipe(
-        epochs=2,
-        lr=2e-3,
-        weight_decay=0.1,
-        warmup=0.1,
-        max_grad_norm=1.0,
-        ema_decay=None,
-        patience=3,
-        seed=0,
-    )
-)
+DEFAULT = Settings(Recipe(epochs=2, lr=2e-3, weight_decay=0.1, patience=3))
 FULL = replace(
     DEFAULT,
     recipe=replace(DEFAULT.recipe, lr=1e-3),

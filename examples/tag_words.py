@@ -60,18 +60,7 @@ class Settings:
     dropout: float = 0.5
 
 
-DEFAULT = Settings(
-    Recipe(
-        epochs=20,
-        lr=3e-3,
-        weight_decay=1e-5,
-        warmup=0.1,
-        max_grad_norm=1.0,
-        ema_decay=None,
-        patience=20,
-        seed=0,
-    )
-)
+DEFAULT = Settings(Recipe(epochs=20, lr=3e-3, weight_decay=1e-5, patience=20))
 FULL = replace(
     DEFAULT,
     recipe=replace(DEFAULT.recipe, epochs=40, lr=1e-3),

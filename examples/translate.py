@@ -82,18 +82,7 @@ class Settings:
     longest: int = 64  # tokens of a message
 
 
-DEFAULT = Settings(
-    Recipe(
-        epochs=20,
-        lr=3e-3,
-        weight_decay=0.01,
-        warmup=0.1,
-        max_grad_norm=1.0,
-        ema_decay=None,
-        patience=6,
-        seed=0,
-    )
-)
+DEFAULT = Settings(Recipe(epochs=20, lr=3e-3, weight_decay=0.01, patience=6))
 FULL = replace(
     DEFAULT,
     recipe=replace(DEFAULT.recipe, epochs=50, lr=2e-3, ema_decay=0.995, patience=12),
