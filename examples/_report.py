@@ -21,9 +21,16 @@ FIRST_LOSSES_TOLERANCE = 1e-4
 VALIDATION_TOLERANCE = 0.02
 
 
+def figures_table(title: str, *heads: str) -> Table:
+    """A table of figures, but for its first column, which says what they are of."""
+    table = Table(*heads, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
 def corpus_table(corpus: Corpus, parts: Split) -> Table:
-    table = Table("texts", "count", title="Data", title_justify="left")
-    table.columns[1].justify = "right"
+    table = figures_table("Data", "texts", "count")
     table.add_row("read", f"{corpus.read:,}")
     for reason, count in corpus.dropped.items():
         table.add_row(f"  dropped: {reason}", f"{count:,}")
@@ -36,12 +43,11 @@ def corpus_table(corpus: Corpus, parts: Split) -> Table:
 
 def timing_table(records: Mapping[str, Record], stock: Collection[str]) -> Table:
     """Compares epochs with the fastest of stock's, the tail with the first contender's."""
-    table = Table(
+    table = figures_table(
+        "Training (medians; tail = clip, step, average, zero_grad; "
+        "epoch ratio = best of stock / this; tail ratio = first / this)",
         "contender", "epochs", "epoch s", "epoch ratio", "step ms", "tail ms", "tail share",
         "total s", "tail ratio",
-        title="Training (medians; tail = clip, step, average, zero_grad; "
-        "epoch ratio = best of stock / this; tail ratio = first / this)",
-        title_justify="left",
     )  # fmt: skip
     first = next(iter(records.values()))
     best_of_stock = min(median(records[name].epoch_seconds) for name in stock)
@@ -61,8 +67,20 @@ def timing_table(records: Mapping[str, Record], stock: Collection[str]) -> Table
             f"{sum(steps):.1f}",
             f"{median(first.tail_seconds[shared]) / median(tails[shared]):.2f}",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    return table
+
+
+def scores_table(
+    title: str,
+    heads: Sequence[str],
+    scores: Mapping[str, Sequence[str]],
+    records: Mapping[str, Record],
+) -> Table:
+    """What models reach, and the best validation loss of those that were trained here."""
+    table = figures_table(title, "model", *heads, "best validation loss")
+    for name, reached in scores.items():
+        loss = f"{min(records[name].validation_losses):.4f}" if name in records else ""
+        table.add_row(name, *reached, loss)
     return table
 
 
@@ -71,22 +89,15 @@ def quality_table(
     targets: NDArray[np.int64],
     records: Mapping[str, Record],
 ) -> Table:
-    table = Table(
-        "model", "accuracy", "macro recall", "macro F1", "best validation loss",
-        title="Test split", title_justify="left",
-    )  # fmt: skip
-    for name, predicted in predictions.items():
-        losses = records[name].validation_losses if name in records else None
-        table.add_row(
-            name,
+    scores = {
+        name: (
             f"{accuracy_score(targets, predicted):.4f}",
             f"{recall_score(targets, predicted, average='macro', zero_division=0):.4f}",
             f"{f1_score(targets, predicted, average='macro', zero_division=0):.4f}",
-            f"{min(losses):.4f}" if losses else "",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
+        for name, predicted in predictions.items()
+    }
+    return scores_table("Test split", ("accuracy", "macro recall", "macro F1"), scores, records)
 
 
 def parity_table(records: Mapping[str, Record]) -> Table:

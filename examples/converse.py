@@ -32,7 +32,7 @@ from _dialogue import Dialogue
 from _docstrings import CONTINUED, PROMPT, Turn, prompt_of, read_docstrings, turns_of
 from _families import split_families
 from _library import Document, Library
-from _report import parity_table, timing_table
+from _report import figures_table, parity_table, timing_table
 from language_model import CONTENDERS, FAST_PARTS, LanguageModel
 from rich.console import Console
 from rich.table import Table
@@ -160,16 +160,12 @@ def nearest_answers(
 
 
 def answers_table(answers: dict[str, list[str]], expected: Sequence[str]) -> Table:
-    table = Table(
-        "model", "exactly right", "chrF", title=f"{len(expected)} prompts of files held out",
-        title_justify="left",
-    )  # fmt: skip
+    title = f"{len(expected)} prompts of files held out"
+    table = figures_table(title, "model", "exactly right", "chrF")
     for name, replies in answers.items():
         right = sum(a.strip() == b.strip() for a, b in zip(replies, expected, strict=True))
         score = corpus_chrf(replies, [expected]).score
         table.add_row(name, f"{right}/{len(expected)}", f"{score:.1f}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

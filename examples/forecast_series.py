@@ -33,7 +33,7 @@ from _contest import (
     predict,
     squared_errors,
 )
-from _report import parity_table, timing_table
+from _report import figures_table, parity_table, timing_table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
@@ -240,15 +240,11 @@ def data_table(task: Task) -> Table:
 
 
 def quality_table(forecasts: Mapping[str, Numbers], truth: Numbers, unit: str) -> Table:
-    table = Table(
-        "model", f"MSE, {unit}²", f"MAE, {unit}",
-        title="Years that were held out", title_justify="left",
-    )  # fmt: skip
+    heads = "model", f"MSE, {unit}²", f"MAE, {unit}"
+    table = figures_table("Years that were held out", *heads)
     for name, forecast in forecasts.items():
         squared, absolute = (m(truth, forecast) for m in (mean_squared_error, mean_absolute_error))
         table.add_row(name, f"{squared:.4f}", f"{absolute:.4f}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

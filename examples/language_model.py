@@ -28,7 +28,7 @@ from _contenders import STOCK, five_ways
 from _contest import Batch, Contender, Contest, Recipe, Record, Trainee
 from _corpus import DataError
 from _library import Library, hold_out, read_files, read_library
-from _report import parity_table, timing_table
+from _report import figures_table, parity_table, timing_table
 from _tokenizer import train_byte_pairs
 from rich.console import Console
 from rich.panel import Panel
@@ -280,26 +280,20 @@ def contest_of(task: Task, settings: Settings) -> Contest:
 
 
 def data_table(library: Library, task: Task) -> Table:
-    table = Table("part", "documents", "tokens", title="Data", title_justify="left")
+    table = figures_table("Data", "part", "documents", "tokens")
     table.add_row("train", f"{len(library.train):,}", f"{len(task.train):,}")
     table.add_row("validation", f"{len(library.validation):,}", f"{len(task.validation):,}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 
 def quality_table(trainees: dict[str, Trainee], task: Task) -> Table:
-    table = Table(
-        "model", "validation loss", "perplexity", "bits per byte",
-        title="Documents that were held out", title_justify="left",
-    )  # fmt: skip
+    heads = "model", "validation loss", "perplexity", "bits per byte"
+    table = figures_table("Documents that were held out", *heads)
     bytes_per_token = task.validation_bytes / len(task.validation)
     for name, trainee in trainees.items():
         loss = min(trainee.record.validation_losses)
         bits = loss / math.log(2) / bytes_per_token
         table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.1f}", f"{bits:.3f}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

@@ -24,7 +24,7 @@ import torch
 from _command import make_parser, parse, run_command, settings_of
 from _contest import Contender, Contest, Record, Trainee, parameter_groups
 from _library import hold_out, read_files, read_library
-from _report import parity_table, timing_table
+from _report import figures_table, parity_table, timing_table
 from _tail import FusedTail
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -94,10 +94,8 @@ def bytes_of(tensors: Sequence[Any]) -> int:
 
 def memory_table(trainees: dict[str, Trainee]) -> Table:
     """What a parameter costs after training, and its gradient after a backward pass."""
-    table = Table(
-        "contender", "parameter", "state", "gradient", "in all", "validation loss",
-        title="Bytes per parameter", title_justify="left",
-    )  # fmt: skip
+    heads = "contender", "parameter", "state", "gradient", "in all", "validation loss"
+    table = figures_table("Bytes per parameter", *heads)
     for name, trainee in trainees.items():
         parameters = list(trainee.model.parameters())
         state = [t for own in trainee.tail.optimizer.state.values() for t in own.values()]
@@ -107,8 +105,6 @@ def memory_table(trainees: dict[str, Trainee]) -> Table:
         costs = own, bytes_of(state) / count, 0.0 if released else own
         cells = [f"{cost:.2f}" for cost in (*costs, sum(costs))]
         table.add_row(name, *cells, f"{min(trainee.record.validation_losses):.4f}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

@@ -35,7 +35,7 @@ from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks,
 from _corpus import DataError, identity
 from _docstrings import Docstring, read_docstrings, sentences_of
 from _families import split_families
-from _report import parity_table, timing_table
+from _report import figures_table, parity_table, scores_table, timing_table
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -321,29 +321,18 @@ def quality_table(
     texts: Sequence[Candidates],
     records: dict[str, Record],
 ) -> Table:
-    table = Table(
-        "model", "sentence F1", "word F1", "best validation loss",
-        title=title, title_justify="left",
-    )  # fmt: skip
-    for name, numbers in chosen.items():
-        table.add_row(
-            name,
-            f"{sentence_f1(numbers, texts):.3f}",
-            f"{word_f1(numbers, texts):.3f}",
-            f"{min(records[name].validation_losses):.4f}" if name in records else "",
-        )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
+    scores = {
+        name: (f"{sentence_f1(numbers, texts):.3f}", f"{word_f1(numbers, texts):.3f}")
+        for name, numbers in chosen.items()
+    }
+    return scores_table(title, ("sentence F1", "word F1"), scores, records)
 
 
 def data_table(task: Task) -> Table:
-    table = Table("texts", "count", "sentences", title="Data", title_justify="left")
+    table = figures_table("Data", "texts", "count", "sentences")
     for name in ("train", "validation", "test", "picked"):
         texts = getattr(task, name).texts
         table.add_row(name, f"{len(texts):,}", f"{sum(len(t.sentences) for t in texts):,}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

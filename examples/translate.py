@@ -29,7 +29,7 @@ from _command import make_parser, parse, run_command, settings_of
 from _contenders import STOCK, five_ways
 from _contest import Batch, Contender, Contest, Recipe, Record, chunks
 from _messages import SLOTS, Messages, Pair, read_messages, restored
-from _report import parity_table, timing_table
+from _report import figures_table, parity_table, scores_table, timing_table
 from _tokenizer import train_byte_pairs
 from language_model import stock_loss
 from rich.console import Console
@@ -287,7 +287,7 @@ def remembered(messages: Messages) -> list[str]:
 
 
 def data_table(messages: Messages, task: Task) -> Table:
-    table = Table("messages", "count", "tokens", title="Data", title_justify="left")
+    table = figures_table("Data", "messages", "count", "tokens")
     table.add_row("read", f"{messages.read:,}", "")
     for reason, count in messages.dropped.items():
         table.add_row(f"  dropped: {reason}", f"{count:,}", "")
@@ -296,32 +296,24 @@ def data_table(messages: Messages, task: Task) -> Table:
         part: EncodedPairs = getattr(task, name)
         count = sum(map(len, [*part.sources, *part.targets]))
         table.add_row(name, f"{len(part.pairs):,}", f"{count:,}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 
 def quality_table(
     answers: dict[str, list[str]], pairs: Sequence[Pair], records: dict[str, Record]
 ) -> Table:
-    table = Table(
-        "model", "BLEU", "chrF", "all placeholders", "best validation loss",
-        title="Test split, greedy", title_justify="left",
-    )  # fmt: skip
     references = references_of(pairs)
     with_placeholders = [i for i, pair in enumerate(pairs) if pair.placeholders]
+    scores = {}
     for name, texts in answers.items():
         kept = sum(all(p in texts[i] for p in pairs[i].placeholders) for i in with_placeholders)
-        table.add_row(
-            name,
+        scores[name] = (
             f"{corpus_bleu(texts, [references]).score:.1f}",
             f"{corpus_chrf(texts, [references]).score:.1f}",
             f"{kept}/{len(with_placeholders)}",
-            f"{min(records[name].validation_losses):.4f}" if name in records else "",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
+    heads = "BLEU", "chrF", "all placeholders"
+    return scores_table("Test split, greedy", heads, scores, records)
 
 
 def references_of(pairs: Sequence[Pair]) -> list[str]:
