@@ -9,7 +9,6 @@ from statistics import median
 import numpy as np
 from _contest import Record
 from _corpus import Corpus, Split, label_names
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
@@ -130,7 +129,6 @@ def relative_difference(actual: Sequence[float], expected: Sequence[float]) -> f
 def draw_losses(records: Mapping[str, Record], path: Path, loss: str) -> None:
     """Draws training and validation losses against steps and against seconds of training."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)  # draws to the file; no display is needed
     by_step, by_second = figure.subplots(1, 2)
     # Equal curves lie on each other: the first is drawn widest, so that it shows beneath.
     widths = np.linspace(5.0, 1.2, len(records))

@@ -34,7 +34,6 @@ from _contest import (
     squared_errors,
 )
 from _report import figures_table, parity_table, timing_table
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
@@ -253,7 +252,6 @@ def draw_forecasts(
 ) -> None:
     """Draws the held-out years with one forecast after the other, and errors by their distance."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
     over_time, by_lead = figure.subplots(1, 2, width_ratios=(2, 1))
     first, series = task.test.first, task.series
     shown = slice(first - series.year, None)

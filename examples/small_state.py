@@ -26,7 +26,6 @@ from _contest import Contender, Contest, Record, Trainee, parameter_groups
 from _library import hold_out, read_files, read_library
 from _report import figures_table, parity_table, timing_table
 from _tail import FusedTail
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -125,7 +124,6 @@ def draw_range(contest: Contest, path: Path) -> float:
     steps = min(100, contest.steps_per_epoch)
     found = optim.lr_range_test(step, optimizer, start_lr=1e-5, end_lr=1.0, num_steps=steps)
     figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     found.plot(figure.subplots())
     figure.savefig(path, dpi=120)
     return found.steepest
