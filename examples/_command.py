@@ -11,9 +11,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from _contest import CheckpointError, Recipe, Record
+from _contenders import STOCK
+from _contest import CheckpointError, Contender, Contest, Recipe, Record, Trainee
 from _corpus import DataError
-from _report import draw_losses
+from _report import draw_losses, parity_table, timing_table
 from rich.console import Console
 
 
@@ -47,6 +48,19 @@ def settings_of(options: argparse.Namespace, default: Any, full: Any, smoke: Any
     recipe: Recipe = settings.recipe
     recipe = replace(recipe, seed=options.seed, epochs=options.epochs or recipe.epochs)
     return replace(settings, recipe=recipe)
+
+
+def compete(
+    contest: Contest,
+    contenders: Sequence[Contender],
+    options: argparse.Namespace,
+    console: Console,
+) -> tuple[dict[str, Trainee], dict[str, Record]]:
+    """Trains all of them; prints how long they took, and whether they learnt the same."""
+    trainees = contest.run(contenders, options.checkpoint, options.resume)
+    records = {name: trainee.record for name, trainee in trainees.items()}
+    console.print(timing_table(records, STOCK), parity_table(records))
+    return trainees, records
 
 
 def run_command(

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from _command import make_parser, parse, run_command, settings_of
-from _contenders import CONTENDERS, STOCK
+from _command import compete, make_parser, parse, run_command, settings_of
+from _contenders import CONTENDERS
 from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks, predict
 from _corpus import (
     Corpus,
@@ -34,7 +34,7 @@ from _corpus import (
     read_csv,
     split,
 )
-from _report import corpus_table, parity_table, quality_table, timing_table
+from _report import corpus_table, quality_table
 from numpy.typing import NDArray
 from rich.console import Console
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -316,10 +316,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     console.print(corpus_table(corpus, parts))
 
     task = prepare(parts, settings)
-    contest = contest_of(task, settings)
-    trainees = contest.run(CONTENDERS, options.checkpoint, options.resume)
-    records = {name: trainee.record for name, trainee in trainees.items()}
-    console.print(timing_table(records, STOCK), parity_table(records))
+    trainees, records = compete(contest_of(task, settings), CONTENDERS, options, console)
 
     answers = {name: predicted_targets(t, task.test) for name, t in trainees.items()}
     answers["character n-grams, logistic regression"] = baseline_targets(parts, task.labels)

@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import language_model
-from _command import make_parser, parse, run_command, settings_of
-from _contenders import STOCK
+from _command import compete, make_parser, parse, run_command, settings_of
 from _contest import CheckpointError, Recipe, Record, read_checkpoint
 from _corpus import DataError
 from _dialogue import Dialogue
 from _docstrings import CONTINUED, PROMPT, Turn, prompt_of, read_docstrings, turns_of
 from _families import split_families
 from _library import Document, Library
-from _report import figures_table, parity_table, timing_table
+from _report import figures_table
 from language_model import CONTENDERS, FAST_PARTS, LanguageModel
 from rich.console import Console
 from rich.table import Table
@@ -273,13 +272,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     console.print(language_model.data_table(library, task))
 
     contest = language_model.contest_of(task, settings)
-    trainees = contest.run(CONTENDERS, options.checkpoint, options.resume)
-    records = {name: trainee.record for name, trainee in trainees.items()}
-    console.print(
-        timing_table(records, STOCK),
-        parity_table(records),
-        language_model.quality_table(trainees, task),
-    )
+    trainees, records = compete(contest, CONTENDERS, options, console)
+    console.print(language_model.quality_table(trainees, task))
 
     questions = questions_of(sessions.test, settings.asked)
     answers = {}

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from _command import make_parser, parse, run_command, settings_of
-from _contenders import CONTENDERS, STOCK
+from _command import compete, make_parser, parse, run_command, settings_of
+from _contenders import CONTENDERS
 from _contest import (
     Batch,
     Contender,
@@ -33,7 +33,7 @@ from _contest import (
     predict,
     squared_errors,
 )
-from _report import figures_table, parity_table, timing_table
+from _report import figures_table
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
@@ -286,10 +286,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     task = prepare(SERIES[options.series]())
     console.print(data_table(task))
 
-    contest = contest_of(task, settings)
-    trainees = contest.run(CONTENDERS, options.checkpoint, options.resume)
-    records = {name: trainee.record for name, trainee in trainees.items()}
-    console.print(timing_table(records, STOCK), parity_table(records))
+    trainees, records = compete(contest_of(task, settings), CONTENDERS, options, console)
 
     forecasts = {name: forecasts_of(trainee, task) for name, trainee in trainees.items()}
     forecasts |= {name: baseline(task) for name, baseline in BASELINES.items()}

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _command import make_parser, parse, run_command, settings_of
-from _contenders import STOCK, five_ways
+from _command import compete, make_parser, parse, run_command, settings_of
+from _contenders import five_ways
 from _contest import Batch, Contender, Contest, Recipe, Record, Trainee
 from _corpus import DataError
 from _library import Library, hold_out, read_files, read_library
-from _report import figures_table, parity_table, timing_table
+from _report import figures_table
 from _tokenizer import train_byte_pairs
 from rich.console import Console
 from rich.panel import Panel
@@ -338,11 +338,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     task = prepare(library, settings)
     console.print(data_table(library, task))
 
-    trainees = contest_of(task, settings).run(CONTENDERS, options.checkpoint, options.resume)
-    records = {name: trainee.record for name, trainee in trainees.items()}
-    console.print(
-        timing_table(records, STOCK), parity_table(records), quality_table(trainees, task)
-    )
+    trainees, records = compete(contest_of(task, settings), CONTENDERS, options, console)
+    console.print(quality_table(trainees, task))
 
     best = trainees["fastopt"]
     best.restore_best()

@@ -29,13 +29,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from _command import make_parser, parse, run_command, settings_of
-from _contenders import STOCK, five_ways
+from _command import compete, make_parser, parse, run_command, settings_of
+from _contenders import five_ways
 from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks, predict
 from _corpus import DataError, identity
 from _docstrings import Docstring, read_docstrings, sentences_of
 from _families import split_families
-from _report import figures_table, parity_table, scores_table, timing_table
+from _report import figures_table, scores_table
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -364,9 +364,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     task = prepare(read_docstrings(settings.packages), settings)
     console.print(data_table(task))
 
-    trainees = contest_of(task, settings).run(CONTENDERS, options.checkpoint, options.resume)
-    records = {name: trainee.record for name, trainee in trainees.items()}
-    console.print(timing_table(records, STOCK), parity_table(records))
+    trainees, records = compete(contest_of(task, settings), CONTENDERS, options, console)
 
     others = other_choices(task.train.texts)
     for title, part in (

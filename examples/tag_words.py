@@ -25,11 +25,11 @@ from typing import NamedTuple
 import jieba
 import numpy as np
 import torch
-from _command import make_parser, parse, run_command, settings_of
-from _contenders import CONTENDERS, STOCK
+from _command import compete, make_parser, parse, run_command, settings_of
+from _contenders import CONTENDERS
 from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks, predict
 from _corpus import FOLDS, Corpus, Example, Split, read_catalogues, split_by
-from _report import corpus_table, parity_table, quality_table, timing_table
+from _report import corpus_table, quality_table
 from jieba import posseg
 from rich.console import Console
 from rich.table import Table
@@ -280,10 +280,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     words = sum(map(len, task.train.tags))
     console.print(f"{words:,} words to train on; silver labels: {len(task.tags)} tags by jieba")
 
-    contest = contest_of(task, settings)
-    trainees = contest.run(CONTENDERS, options.checkpoint, options.resume)
-    records = {name: trainee.record for name, trainee in trainees.items()}
-    console.print(timing_table(records, STOCK), parity_table(records))
+    trainees, records = compete(contest_of(task, settings), CONTENDERS, options, console)
 
     answers = {name: predicted_tags(trainee, task.test) for name, trainee in trainees.items()}
     answers |= {name: baseline(task) for name, baseline in BASELINES.items()}

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import classify_text
 import torch.distributed as dist
-from _command import make_parser, parse, run_command, settings_of
+from _command import compete, make_parser, parse, run_command, settings_of
 from _contenders import CONTENDERS, STOCK
 from _contest import Batch, Contest, OneProcess, Record
 from _corpus import DataError, split
 from _ranks import joined_group, restarts
-from _report import corpus_table, parity_table, quality_table, timing_table
+from _report import corpus_table, quality_table
 from rich.console import Console
 
 
@@ -80,14 +80,11 @@ def run(
     contest = contest_of(task, settings, processes)
     names = STOCK if options.stock else (*STOCK, "fastopt")
     contenders = [contender for contender in CONTENDERS if contender.name in names]
-    resume = options.resume
     if restarts():
-        resume = options.checkpoint.is_file()
-    elif processes.is_first and not resume:
+        options.resume = options.checkpoint.is_file()
+    elif processes.is_first and not options.resume:
         options.checkpoint.unlink(missing_ok=True)  # a restart would take it for this run's
-    trainees = contest.run(contenders, options.checkpoint, resume)
-    records = {name: trainee.record for name, trainee in trainees.items()}
-    console.print(timing_table(records, STOCK), parity_table(records))
+    trainees, records = compete(contest, contenders, options, console)
 
     answers = {n: classify_text.predicted_targets(t, task.test) for n, t in trainees.items()}
     console.print(quality_table(answers, task.test.targets.numpy(), records))

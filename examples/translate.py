@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _command import make_parser, parse, run_command, settings_of
-from _contenders import STOCK, five_ways
+from _command import compete, make_parser, parse, run_command, settings_of
+from _contenders import five_ways
 from _contest import Batch, Contender, Contest, Recipe, Record, chunks
 from _messages import SLOTS, Messages, Pair, read_messages, restored
-from _report import figures_table, parity_table, scores_table, timing_table
+from _report import figures_table, scores_table
 from _tokenizer import train_byte_pairs
 from language_model import stock_loss
 from rich.console import Console
@@ -348,9 +348,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Record]:
     task = prepare(messages, settings)
     console.print(data_table(messages, task))
 
-    trainees = contest_of(task, settings).run(CONTENDERS, options.checkpoint, options.resume)
-    records = {name: trainee.record for name, trainee in trainees.items()}
-    console.print(timing_table(records, STOCK), parity_table(records))
+    trainees, records = compete(contest_of(task, settings), CONTENDERS, options, console)
 
     answers = {}
     for name, trainee in trainees.items():
