@@ -70,24 +70,28 @@ def read_catalogues(language: str = "*") -> Corpus:
     """
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
-    for path in sorted(Path(django.__path__[0]).glob(f"**/locale/{language}/LC_MESSAGES/*.po")):
-        language = path.parts[-3]
-        for entry in polib.pofile(str(path)):
-            if entry.obsolete or entry.fuzzy:
+    for label, entry in catalogue_entries(Path(django.__path__[0]), language):
+        sources = {identity(strip_markup(s)) for s in (entry.msgid, entry.msgid_plural)}
+        group = identity(strip_markup(entry.msgid))
+        for translation in (entry.msgstr, *entry.msgstr_plural.values()):
+            if not translation:
                 continue
-            sources = {identity(strip_markup(s)) for s in (entry.msgid, entry.msgid_plural)}
-            group = identity(strip_markup(entry.msgid))
-            for translation in (entry.msgstr, *entry.msgstr_plural.values()):
-                if not translation:
-                    continue
-                text = strip_markup(translation)
-                if not any(map(str.isalpha, text)):
-                    dropped["no letters"] += 1
-                elif identity(text) in sources:
-                    dropped["same as the English source"] += 1
-                else:
-                    examples.append(Example(text, language, group))
+            text = strip_markup(translation)
+            if not any(map(str.isalpha, text)):
+                dropped["no letters"] += 1
+            elif identity(text) in sources:
+                dropped["same as the English source"] += 1
+            else:
+                examples.append(Example(text, label, group))
     return _deduplicated(examples, dropped)
+
+
+def catalogue_entries(folder: Path, language: str) -> Iterator[tuple[str, polib.POEntry]]:
+    """The entries of the catalogues below a folder that are in use, with their languages."""
+    for path in sorted(folder.glob(f"**/{language}/LC_MESSAGES/*.po")):
+        for entry in polib.pofile(str(path)):
+            if not (entry.obsolete or entry.fuzzy):
+                yield path.parts[-3], entry
 
 
 def read_csv(path: Path) -> Corpus:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from _corpus import DataError
+from _packages import STANDARD_LIBRARY, folder_of
 
 HELD_OUT = 0.1  # of the documents
 
@@ -30,9 +30,9 @@ class Library:
 
 def read_library(modules: int) -> list[Document]:
     """Help topics, and the sources of so many top-level modules, in the order of their names."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
     topics = [Document(f"topic {name}", text) for name, text in pydoc_data.topics.topics.items()]
-    return topics + [read_file(path) for path in sorted(folder.glob("*.py"))[:modules]]
+    paths = sorted(folder_of(STANDARD_LIBRARY).glob("*.py"))[:modules]
+    return topics + [read_file(path) for path in paths]
 
 
 def read_files(paths: Sequence[Path]) -> list[Document]:

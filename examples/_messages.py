@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import polib
-from _corpus import MARKUP, DataError, identity, strip_markup
+from _corpus import MARKUP, DataError, catalogue_entries, identity, strip_markup
 from _families import split_families
 from _packages import folder_of
 
@@ -107,13 +106,10 @@ def _translations(
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Source, translation, and the other number of the same message."""
     for package in packages:
-        for path in sorted(folder_of(package).glob(f"**/{language}/LC_MESSAGES/*.po")):
-            for entry in polib.pofile(str(path)):
-                if entry.obsolete or entry.fuzzy:
-                    continue
-                if entry.msgstr:
-                    yield entry.msgid, entry.msgstr, ()
-                numbers = entry.msgstr_plural
-                if numbers and all(numbers.values()):
-                    yield entry.msgid, numbers[min(numbers)], (entry.msgid_plural,)
-                    yield entry.msgid_plural, numbers[max(numbers)], (entry.msgid,)
+        for _, entry in catalogue_entries(folder_of(package), language):
+            if entry.msgstr:
+                yield entry.msgid, entry.msgstr, ()
+            numbers = entry.msgstr_plural
+            if numbers and all(numbers.values()):
+                yield entry.msgid, numbers[min(numbers)], (entry.msgid_plural,)
+                yield entry.msgid_plural, numbers[max(numbers)], (entry.msgid,)
