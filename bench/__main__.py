@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import report, results, run
+from bench import command, report, results, run
 
 
 def main() -> None:
@@ -32,10 +32,7 @@ def main() -> None:
     elif arguments.render:
         report.render()
     else:
-        try:
-            kept = results.to_extend(arguments.output if arguments.only else None)
-        except results.OtherMachineError as error:
-            parser.error(str(error))
+        kept = command.to_extend(arguments.output if arguments.only else None, parser)
         cases = run.run_processes(arguments.only, arguments.processes, arguments.quick)
         if arguments.output:
             merged = kept.copy()

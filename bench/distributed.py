@@ -9,7 +9,6 @@ sees whole batches, says what the losses should be.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from bench import results
+from bench import command, results
 from bench.results import Distributed
 from bench.training import example
 
@@ -145,22 +144,10 @@ def table(measured: Distributed) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.distributed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", type=Path, help="file of results to add this to")
-    parser.add_argument("--quick", action="store_true", help="the demo's smallest size")
+    parser = command.make_parser("distributed", __doc__, quick="the demo's smallest size")
     arguments = parser.parse_args()
-    try:
-        kept = results.to_extend(arguments.output)
-    except results.OtherMachineError as error:
-        parser.error(str(error))
-    kept["distributed"] = measure(arguments.quick)
-    if arguments.output:
-        results.save(kept, arguments.output)
-    print(table(kept["distributed"]))
+    parts = {"distributed": (partial(measure, arguments.quick), table)}
+    command.add(parts, arguments.output, parser)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,20 @@ to a process at its highest.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from bench import probes, results
+from bench import command, probes, results
 from bench.results import ROOT, Losses, Memory
 from fastopt import nn as fast_nn
 from fastopt import optim
@@ -124,10 +123,10 @@ def _release(**options: Any) -> Callable[[Any], Any]:
 
 MEMORY_WAYS: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {
     STOCK: (torch.optim.AdamW, torch.float32),
-    "torch fused": (functools.partial(torch.optim.AdamW, fused=True), torch.float32),
+    "torch fused": (partial(torch.optim.AdamW, fused=True), torch.float32),
     "fastopt": (optim.AdamW, torch.float32),
     "gradient release": (_release(), torch.float32),
-    "8-bit moments": (functools.partial(optim.AdamW, state_storage="8bit"), torch.float32),
+    "8-bit moments": (partial(optim.AdamW, state_storage="8bit"), torch.float32),
     "gradient release, 8-bit moments": (_release(state_storage="8bit"), torch.float32),
     "gradient release, bf16, stochastic, 8-bit moments": (
         _release(state_storage="8bit", param_precision="stochastic"),
@@ -156,12 +155,12 @@ def peak_memory(way: str) -> tuple[int, int]:
         return sum(parameter.numel() for parameter in model.parameters())
 
     train(replace(settings, width=64, layers=1), 2)  # loads libraries and starts threads
-    return probes.growth_of(functools.partial(train, settings, MEMORY_STEPS))
+    return probes.growth_of(partial(train, settings, MEMORY_STEPS))
 
 
 def _memory_in_process(way: str) -> tuple[int, int]:
-    command = [sys.executable, "-m", "bench.training", "--memory", way]
-    output = subprocess.run(command, cwd=ROOT, check=True, timeout=900, stdout=subprocess.PIPE)
+    arguments = [sys.executable, "-m", "bench.training", "--memory", way]
+    output = subprocess.run(arguments, cwd=ROOT, check=True, timeout=900, stdout=subprocess.PIPE)
     growth, parameters = json.loads(output.stdout)
     return growth, parameters
 
@@ -227,33 +226,19 @@ def memory_table(memory: Memory) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", type=Path, help="file of results to add this to")
-    parser.add_argument("--quick", action="store_true", help="the examples' smallest sizes")
+    parser = command.make_parser("training", __doc__, quick="the examples' smallest sizes")
     parser.add_argument("--part", choices=["losses", "memory"], help="instead of both")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(json.dumps(peak_memory(arguments.memory)))
         return
-    try:
-        kept = results.to_extend(arguments.output)
-    except results.OtherMachineError as error:
-        parser.error(str(error))
-    tables = []
-    if arguments.part != "memory":
-        kept["losses"] = measure_losses(arguments.quick)
-        tables.append(loss_table(kept["losses"]))
-    if arguments.part != "losses":
-        kept["memory"] = measure_memory()
-        tables.append(memory_table(kept["memory"]))
-    if arguments.output:
-        results.save(kept, arguments.output)
-    print(*tables, sep="\n\n")
+    parts: dict[str, command.Part] = {
+        "losses": (partial(measure_losses, arguments.quick), loss_table),
+        "memory": (measure_memory, memory_table),
+    }
+    chosen = {arguments.part: parts[arguments.part]} if arguments.part else parts
+    command.add(chosen, arguments.output, parser)
 
 
 if __name__ == "__main__":
