@@ -117,8 +117,7 @@ def measure(quick: bool = False) -> Distributed:
         }
         for name, taken in seconds.items()
     }
-    state = results.provenance()
-    return {**state, "steps": steps, "ranks": RANKS, "contenders": contenders}  # type: ignore[typeddict-item]
+    return {**results.provenance(), "steps": steps, "ranks": RANKS, "contenders": contenders}
 
 
 def table(measured: Distributed) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,7 @@ from bench.cases import BEST_OF_STOCK, Case
 from bench.gpu import gpu_table
 from bench.operators import OPERATORS, OPTIMIZERS, Operator
 from bench.optimizer_cases import OWN_FP32, OptimizerCase
-from bench.results import ROOT, Distributed, Losses, Measured, Memory, Result
+from bench.results import ROOT, Measured, Provenance, Result
 from bench.support import support_table
 from bench.timing import OURS
 
@@ -126,7 +126,7 @@ def _machine(result: Result) -> str:
     return f"{machine['processor']}, {machine['instruction_set']}, torch {machine['torch']}"
 
 
-def _state(measured: Measured | Losses | Memory | Distributed) -> str:
+def _state(measured: Provenance) -> str:
     """Of the sources that were measured."""
     return f"fastopt {measured['fastopt']} at {measured['commit']}, {measured['date']}"
 
@@ -262,28 +262,28 @@ def _picture_path(path: Path, operator: Operator) -> Path:
 
 def distributed_tables() -> str:
     """Steps on several processes, of every machine that measured them."""
-    parts = []
-    for path in committed_results():
-        result = results.load(path)
-        if measured := result.get("distributed"):
-            state = f"{_machine(result)}, {_state(measured)}."
-            parts += [state, "", distributed.table(measured), ""]
-    return "\n".join(parts)
+    return _part_tables("distributed", distributed.table)
 
 
 def storage_tables() -> dict[str, str]:
     """What was measured of state in fewer bytes, on every machine, by the name of its marks."""
-    parts: dict[str, list[str]] = {"storage": [], "losses": [], "memory": []}
+    storage = [line for path in committed_results() for line in storage_table(results.load(path))]
+    return {
+        "storage": "\n".join(storage),
+        "losses": _part_tables("losses", training.loss_table),
+        "memory": _part_tables("memory", training.memory_table),
+    }
+
+
+def _part_tables(key: str, table: Callable[[Any], str]) -> str:
+    """A part of every file that has it."""
+    lines = []
     for path in committed_results():
         result = results.load(path)
-        parts["storage"] += storage_table(result)
-        if losses := result.get("losses"):
-            state = f"{_machine(result)}, {_state(losses)}."
-            parts["losses"] += [state, "", training.loss_table(losses), ""]
-        if memory := result.get("memory"):
-            state = f"{_machine(result)}, {_state(memory)}."
-            parts["memory"] += [state, "", training.memory_table(memory), ""]
-    return {name: "\n".join(lines) for name, lines in parts.items()}
+        measured: Any = result.get(key)
+        if measured:
+            lines += [f"{_machine(result)}, {_state(measured)}.", "", table(measured), ""]
+    return "\n".join(lines)
 
 
 def storage_table(result: Result) -> list[str]:

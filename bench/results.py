@@ -29,40 +29,36 @@ class Process(TypedDict):
     figures: dict[str, float]
 
 
-class Measured(TypedDict):
-    """A row, with the state of the sources that it was measured at."""
+class Provenance(TypedDict):
+    """The state of the sources that were measured, and when."""
 
     fastopt: str
     commit: str
     date: str
+
+
+class Measured(Provenance):
+    """A row."""
+
     processes: list[Process]
 
 
-class Losses(TypedDict):
+class Losses(Provenance):
     """By program, for each seed the validation loss of each way to store."""
 
-    fastopt: str
-    commit: str
-    date: str
     programs: dict[str, list[dict[str, float]]]
 
 
-class Memory(TypedDict):
+class Memory(Provenance):
     """The peak of each way to train a model of so many parameters, in bytes."""
 
-    fastopt: str
-    commit: str
-    date: str
     parameters: int
     peaks: dict[str, int]
 
 
-class Distributed(TypedDict):
+class Distributed(Provenance):
     """Seconds of a step and the furthest loss of each contender on several processes."""
 
-    fastopt: str
-    commit: str
-    date: str
     steps: int
     ranks: int
     contenders: dict[str, dict[str, float]]
@@ -136,7 +132,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def provenance() -> dict[str, str]:
+def provenance() -> Provenance:
     """What is measured, and when."""
     return {
         "fastopt": fastopt.__version__,

@@ -172,7 +172,7 @@ def measure_losses(quick: bool) -> Losses:
         for seed in SEEDS[:1] if quick else SEEDS:
             print(f"{program}, seed {seed}", file=sys.stderr, flush=True)
             programs.setdefault(program, []).append(validation_losses(program, seed, quick))
-    return {**results.provenance(), "programs": programs}  # type: ignore[typeddict-item]
+    return {**results.provenance(), "programs": programs}
 
 
 def measure_memory() -> Memory:
@@ -180,7 +180,7 @@ def measure_memory() -> Memory:
     found = {way: _memory_in_process(way) for way in MEMORY_WAYS}
     peaks = {way: growth for way, (growth, _) in found.items()}
     _, parameters = found[STOCK]
-    return {**results.provenance(), "parameters": parameters, "peaks": peaks}  # type: ignore[typeddict-item]
+    return {**results.provenance(), "parameters": parameters, "peaks": peaks}
 
 
 def loss_table(losses: Losses) -> str:
