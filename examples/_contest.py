@@ -151,6 +151,15 @@ class Trainee:
         if self.best:
             self.model.load_state_dict(self.best)
 
+    @torch.no_grad()
+    def predict(self, batches: Sequence[Batch]) -> Tensor:
+        """Returns what the best model gives, logits [examples, classes] say, batch after batch."""
+        self.restore_best()
+        self.model.eval()
+        predicted = torch.cat([self.model(batch.inputs) for batch in batches])
+        self.model.train()
+        return predicted
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
@@ -215,15 +224,6 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], summed_loss: SummedLoss
     model.train()
     count = sum(batch.targets.numel() for batch in batches)
     return torch.tensor([total, count], dtype=torch.float64)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """Returns what the model gives, logits [examples, classes] say, in the order of the batches."""
-    model.eval()
-    predicted = torch.cat([model(batch.inputs) for batch in batches])
-    model.train()
-    return predicted
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from _command import compete, make_parser, parse, run_command, settings_of
 from _contenders import CONTENDERS
-from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks, predict
+from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks
 from _corpus import (
     Corpus,
     Example,
@@ -281,8 +281,7 @@ def contest_of(task: Task, settings: Settings) -> Contest:
 
 def predicted_targets(trainee: Trainee, texts: EncodedTexts) -> NDArray[np.int64]:
     """Returns what the best model of a contender answers, in the order of the texts."""
-    trainee.restore_best()
-    logits = predict(trainee.model, texts.ordered(EVALUATION_BATCH))
+    logits = trainee.predict(texts.ordered(EVALUATION_BATCH))
     answers = np.empty_like(texts.by_length)
     answers[texts.by_length] = logits.argmax(1).numpy()
     return answers

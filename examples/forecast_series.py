@@ -23,16 +23,7 @@ import numpy as np
 import torch
 from _command import compete, make_parser, parse, run_command, settings_of
 from _contenders import CONTENDERS
-from _contest import (
-    Batch,
-    Contender,
-    Contest,
-    Recipe,
-    Record,
-    Trainee,
-    predict,
-    squared_errors,
-)
+from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, squared_errors
 from _report import figures_table
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
@@ -186,8 +177,7 @@ def ordered(part: Part) -> list[Batch]:
 
 def forecasts_of(trainee: Trainee, task: Task) -> Numbers:
     """What the best model of a contender says of the test part, [windows, horizon]."""
-    trainee.restore_best()
-    return task.in_units(task.test, predict(trainee.model, ordered(task.test)))
+    return task.in_units(task.test, trainee.predict(ordered(task.test)))
 
 
 def last_year(task: Task) -> Numbers:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from _command import compete, make_parser, parse, run_command, settings_of
 from _contenders import five_ways
-from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks, predict
+from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks
 from _corpus import DataError, identity
 from _docstrings import Docstring, read_docstrings, sentences_of
 from _families import split_families
@@ -273,8 +273,7 @@ def contest_of(task: Task, settings: Settings) -> Contest:
 
 
 def chosen_by_model(trainee: Trainee, texts: EncodedTexts, settings: Settings) -> list[int]:
-    trainee.restore_best()
-    logits = predict(trainee.model, texts.ordered(settings.batch_size))
+    logits = trainee.predict(texts.ordered(settings.batch_size))
     chosen: list[int] = logits.argmax(1).tolist()
     return chosen
 

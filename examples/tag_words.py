@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from _command import compete, make_parser, parse, run_command, settings_of
 from _contenders import CONTENDERS
-from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks, predict
+from _contest import Batch, Contender, Contest, Recipe, Record, Trainee, chunks
 from _corpus import FOLDS, Corpus, Example, Split, read_catalogues, split_by
 from _report import corpus_table, quality_table
 from jieba import posseg
@@ -202,10 +202,9 @@ def contest_of(task: Task, settings: Settings) -> Contest:
 
 def predicted_tags(trainee: Trainee, part: TaggedPart) -> list[list[int]]:
     """What the best model of a contender says of each sentence."""
-    trainee.restore_best()
     sentences: list[list[int]] = []
     for batch in part.ordered():
-        tags = predict(trainee.model, [batch]).argmax(1)
+        tags = trainee.predict([batch]).argmax(1)
         sentences += [one.tolist() for one in unpack_sequence(batch.inputs._replace(data=tags))]
     return sentences
 
