@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as stock
 
 import fastopt
 from bench.attention_cases import AttentionCase
-from bench.cases import assert_same
+from bench.compute_contenders import assert_same, compute_contender, with_gradients
 from bench.timing import OURS, Contender
 
 # "The best of stock" is sought among these.
@@ -165,18 +166,8 @@ def _output(case: AttentionCase, problem: Problem, function: Callable[..., Tenso
 
 
 def _contender(case: AttentionCase, problem: Problem, function: Callable[..., Tensor]) -> Contender:
-    def infer() -> None:
-        with torch.no_grad():
-            _output(case, problem, function)
-
-    def train() -> None:
-        torch.autograd.backward(_output(case, problem, function), problem.cotangent)
-
-    def prepare() -> None:
-        for leaf in problem.leaves.values():
-            leaf.grad = None
-
-    return Contender(infer) if case.mode == "inference" else Contender(train, prepare)
+    call = partial(_output, case, problem, function)
+    return compute_contender(case, problem.leaves, call, problem.cotangent)
 
 
 # Against stock in double precision, relative and absolute; bf16 has 8 bits.
@@ -212,9 +203,5 @@ def check_parity(case: AttentionCase) -> None:
 def _everything(
     case: AttentionCase, problem: Problem, function: Callable[..., Tensor]
 ) -> dict[str, Any]:
-    output = _output(case, problem, function)
-    results: dict[str, Any] = {"output": output}
-    if case.mode == "training":
-        torch.autograd.backward(output, problem.cotangent)
-        results |= {f"gradient of {name}": leaf.grad for name, leaf in problem.leaves.items()}
-    return results
+    results = {"output": _output(case, problem, function)}
+    return with_gradients(case, problem.leaves, results, problem.cotangent)

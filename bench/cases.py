@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 Mode = Literal["training", "inference"]
 
@@ -74,22 +72,3 @@ class ComputeCase(Case, abc.ABC):
     def flops(self) -> int:
         """Useful work of a call: a backward pass multiplies twice what a forward multiplies."""
         return self.forward_flops * (3 if self.mode == "training" else 1)
-
-
-def assert_same(
-    case: Case, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float
-) -> None:
-    """Compares results by name, whatever their dtypes; ``tolerance`` is relative and absolute.
-
-    Raises:
-        AssertionError: One differs; it names the case and the result.
-    """
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            actual[name],
-            value,
-            rtol=tolerance,
-            atol=tolerance,
-            check_dtype=False,
-            msg=lambda text, name=name: f"{case.name}: {name}: {text}",  # type: ignore[misc]
-        )

@@ -6,13 +6,14 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastopt
-from bench.cases import assert_same
+from bench.compute_contenders import assert_same, compute_contender, with_gradients
 from bench.linear_cross_entropy_cases import CHUNKED, LIGER, PLAIN, LinearCrossEntropyCase
 from bench.timing import OURS, Contender
 
@@ -106,18 +107,7 @@ def _loss(
 def _contender(
     case: LinearCrossEntropyCase, problem: Problem, function: Callable[..., Tensor]
 ) -> Contender:
-    def infer() -> None:
-        with torch.no_grad():
-            _loss(case, problem, function)
-
-    def train() -> None:
-        torch.autograd.backward(_loss(case, problem, function))
-
-    def prepare() -> None:
-        for leaf in problem.leaves.values():
-            leaf.grad = None
-
-    return Contender(infer) if case.mode == "inference" else Contender(train, prepare)
+    return compute_contender(case, problem.leaves, partial(_loss, case, problem, function))
 
 
 # Against torch in double precision, relative and absolute; bf16 has 8 bits.
@@ -147,9 +137,4 @@ def check_parity(case: LinearCrossEntropyCase) -> None:
 def _everything(
     case: LinearCrossEntropyCase, problem: Problem, function: Callable[..., Tensor]
 ) -> dict[str, Any]:
-    loss = _loss(case, problem, function)
-    results: dict[str, Any] = {"loss": loss}
-    if case.mode == "training":
-        torch.autograd.backward(loss)
-        results |= {f"gradient of {name}": leaf.grad for name, leaf in problem.leaves.items()}
-    return results
+    return with_gradients(case, problem.leaves, {"loss": _loss(case, problem, function)})

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastopt
-from bench.cases import assert_same
+from bench.compute_contenders import assert_same, compute_contender, with_gradients
 from bench.lstm_cases import LSTMCase
 from bench.timing import OURS, Contender, on_one_thread
 
@@ -32,11 +32,6 @@ class Problem:
     def leaves(self) -> dict[str, Tensor]:
         """What gets a gradient, by name."""
         return {"input": data_of(self.inputs), **dict(self.module.named_parameters())}
-
-    def drop_gradients(self) -> None:
-        """As ``zero_grad`` does after a step: a backward then adds to nothing."""
-        for leaf in self.leaves.values():
-            leaf.grad = None
 
 
 def data_of(sequence: Tensor | PackedSequence) -> Tensor:
@@ -98,17 +93,11 @@ def lstm_contenders(case: LSTMCase) -> dict[str, Contender]:
 def _contender(case: LSTMCase, problem: Problem, compiled: Any = None) -> Contender:
     module = problem.module if compiled is None else compiled
 
-    def infer() -> None:
-        with torch.no_grad():
-            module(problem.inputs)
-
-    def train() -> None:
+    def call() -> Tensor:
         output, _ = module(problem.inputs)
-        torch.autograd.backward(data_of(output), problem.cotangent)
+        return data_of(output)
 
-    if case.mode == "inference":
-        return Contender(infer)
-    return Contender(train, problem.drop_gradients)
+    return compute_contender(case, problem.leaves, call, problem.cotangent)
 
 
 # Of a few steps against double precision, relative and absolute; stock's bf16 is within 1.5e-2.
@@ -146,7 +135,4 @@ def _everything(case: LSTMCase, problem: Problem) -> dict[str, Any]:
     with torch.set_grad_enabled(case.mode == "training"):
         output, (hidden, cell) = problem.module(problem.inputs)
     results = {"output": data_of(output), "h_n": hidden, "c_n": cell}
-    if case.mode == "training":
-        torch.autograd.backward(data_of(output), problem.cotangent)
-        results |= {f"gradient of {name}": leaf.grad for name, leaf in problem.leaves.items()}
-    return results
+    return with_gradients(case, problem.leaves, results, problem.cotangent)
