@@ -12,10 +12,9 @@ from typing import TypeVar
 
 import torch
 
+from bench.results import ROOT
 from bench.timing import OURS, Contender
 from fastopt import _native_cpu
-
-ROOT = Path(__file__).parent.parent
 
 Result = TypeVar("Result")
 
