@@ -287,7 +287,6 @@ def test_attention(tally: Tally) -> None:
                     portion,
                     random,
                     ODD_FACTORS,
-                    Kept,
                 ),
                 row["layout"],
             )
