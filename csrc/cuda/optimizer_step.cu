@@ -94,6 +94,12 @@ __global__ void __launch_bounds__(kStepThreads, kBlocksPerMultiprocessor)
   });
 }
 
+// Not whether kFactor is null: under UBSan, GCC takes no function's address for a constant.
+template <class Rule, class = void>
+constexpr bool kHasFactor = false;
+template <class Rule>
+constexpr bool kHasFactor<Rule, std::void_t<decltype(&Rule::factor)>> = true;
+
 // One thread advances the counters of one task and folds its scalars.
 template <class Rule, int kCapacity>
 __global__ void __launch_bounds__(kStepThreads)
@@ -113,7 +119,7 @@ __global__ void __launch_bounds__(kStepThreads)
   Progress progress = rule.progress;
   const Counter step = tasks[index].step, product = tasks[index].product;
   if (step.data) progress.step = advance(step, 1, 1);
-  if constexpr (kFactor<Rule> != nullptr) {
+  if constexpr (kHasFactor<Rule>) {
     if (product.data) {
       progress.product = advance(product, factor<Rule>(hyperparameters, progress.step), 0);
     }
