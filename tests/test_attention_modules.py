@@ -149,6 +149,22 @@ def test_layers_agree_with_stock(training: bool, norm_first: bool) -> None:
         assert_matches(results[0], results[1], op="attention", dtype=torch.float32)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+def test_dropout_beside_attention_is_stocks(kind: str, batch_first: bool) -> None:
+    """It draws in the order of memory, which a module's output has to share with stock's."""
+    results = []
+    for namespace in (fastopt.nn, torch.nn):
+        torch.manual_seed(5)
+        layer = getattr(namespace, kind)(EMBEDDING, HEADS, 20, 0.3, batch_first=batch_first)
+        for module in layer.modules():
+            if isinstance(module, torch.nn.MultiheadAttention):
+                module.dropout = 0.0
+        source = torch.randn(BATCH, QUERIES, EMBEDDING)
+        results.append(layer(*[source] * (2 if "Decoder" in kind else 1)))
+    assert_matches(results[0], results[1], op="attention", dtype=torch.float32)
+
+
 def test_an_encoder_in_eval_calls_our_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     forward = fastopt.nn.MultiheadAttention.forward

@@ -122,6 +122,11 @@ def test_explain_gives_the_reason_and_prints_a_line_for_each_parameter() -> None
     assert text[2] == "group 0, parameter 1 (bias), [2] torch.float32 on cpu: cpu"
 
 
+def test_explain_says_that_nothing_ran() -> None:
+    text = str(fastopt.explain(torch.nn.LSTM(2, 3), torch.ones(4, 2))).splitlines()
+    assert text[1:] == ["none of fastopt's operators ran, or only as part of compiled code"]
+
+
 def test_explain_reasons() -> None:
     reasons = {
         "differentiable": optim.SGD([with_gradient()], differentiable=True),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cases import ALL, OptimizerCase, clones, parameters
 from fastopt import optim
+from fastopt.backends.state_codes import is_coded
 
 CASES = [
     *ALL,
@@ -247,6 +248,25 @@ def test_state_of_another_optimizer_is_refused(case: OptimizerCase, other: Optim
     if needed <= saved(other)["state"][0].keys():
         pytest.skip("it has all that is needed")
     refused(case, saved(other), ValueError, f"the state is not that of {case.ours.__name__}")
+
+
+@pytest.mark.parametrize("case", WITH_STATE, **NAMED)
+def test_state_that_lacks_a_part_is_refused(case: OptimizerCase) -> None:
+    state = saved(case)["state"][0]
+    _, optimizer = with_gradients(case)
+    keys = optimizer._state_keys(optimizer.param_groups[0])
+    if is_coded(state) or "step" not in state:
+        pytest.skip("codes may be made anew, and without the one key there is no state")
+    for lacking in ({keys[0]}, {keys[-1]}, {*keys}):
+        state_dict = saved(case)
+        for key in lacking:
+            del state_dict["state"][0][key]
+        refused(
+            case,
+            state_dict,
+            ValueError,
+            rf"parameter 0 has .*, no \['{min(lacking, key=keys.index)}",
+        )
 
 
 @pytest.mark.parametrize("case", WITH_STATE, **NAMED)

@@ -84,9 +84,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         else:
             output = scaled_dot_product_attention(q, k, v, mask, dropout, hinted)
-        output = output.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(-2)
+        # Queries first in memory, as torch has it: dropout draws in that order.
+        output = output.permute(2, 0, 1, 3).flatten(-2)
         output = torch_functional.linear(output, self.out_proj.weight, self.out_proj.bias)
-        return output if batched else output.squeeze(0), weights
+        if not batched:
+            output = output.squeeze(1)
+        elif batch_first:
+            output = output.transpose(0, 1)
+        return output, weights
 
     def _fits(
         self,

@@ -67,6 +67,8 @@ class Explanation:
             what = f"{place}, {list(p.shape)} {p.dtype} on {p.device}"
             lines.append(f"{what}: {_outcome(p.backend, p.reasons)}")
         lines += [f"{call.task}: {_outcome(call.backend, call.reasons)}" for call in self.calls]
+        if len(lines) == 1:
+            lines.append("none of fastopt's operators ran, or only as part of compiled code")
         return "\n".join(lines)
 
 
@@ -81,8 +83,8 @@ def explain(what: SteppedOptimizer | Callable[..., Any], *args: Any, **kwargs: A
 
     Args:
         what: An optimizer of ``fastopt.optim``: which backend would step each parameter now, given
-            its gradient as it is now. Or a module or function: it is called, and each of fastopt's
-            operators that it runs is a line.
+            its gradient as it is now. Or a module or function: it is called, with all that a call
+            changes, and each of fastopt's operators that it runs is a line.
         args: Of the call.
         kwargs: Of the call.
 

@@ -90,6 +90,8 @@ def to_torch(optimizer: FusedOptimizer) -> Optimizer:
         RuntimeError: Inside ``average_parameters()``.
     """
     twins = {front: stock for stock, front in FRONTS.items()}
+    if type(optimizer) in FRONTS:
+        raise TypeError(f"{_name(optimizer)} is torch's own: there is nothing to change")
     if type(optimizer) not in twins:
         raise TypeError(f"torch.optim has no twin of {_name(optimizer)}")
     if any(group.get("classical_momentum") for group in optimizer.param_groups):

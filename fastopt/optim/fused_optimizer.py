@@ -404,7 +404,8 @@ class FusedOptimizer(Optimizer):
             for param, number in zip(group["params"], saved_group["params"], strict=False):
                 saved = state_dict["state"].get(number, {})
                 missing = [key for key in keys if key not in saved]
-                if missing and not known.issuperset(saved):
+                is_part = len(missing) < len(keys) or "step" in saved
+                if missing and (not known.issuperset(saved) or (is_part and not is_coded(saved))):
                     raise ValueError(f"{whose}: parameter {number} has {[*saved]}, no {missing}")
                 for key in keys:
                     value = saved.get(key)
