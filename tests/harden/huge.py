@@ -175,9 +175,12 @@ def main() -> None:
             continue
         torch.manual_seed(0)
         run()
-        done.append(run.__name__)
+        done.append(run.__name__.replace("_", " "))
     seconds = time.monotonic() - start
-    print(f"huge: {len(done)} of {len(CHECKS)} with {COUNT} elements, {seconds:.0f} s: {done}")
+    print(
+        f"huge: {len(done)} of {len(CHECKS)} with {COUNT:,} elements, {seconds:.0f} s: "
+        f"{', '.join(done)}"
+    )
 
 
 if __name__ == "__main__":
