@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from tolerances import (
     assert_rounds_like_operands,
 )
 
+ROOT = Path(_native_cpu.__file__).parents[1]
 WIDE = (torch.float32, torch.float64)
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -289,7 +291,8 @@ def test_each_instruction_set(isa: str) -> None:
         "print(t._native_cpu.instruction_set)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program], env={"FASTOPT_CPU_ISA": isa, "PATH": ""},
+        [sys.executable, "-c", program],
+        env={**os.environ, "FASTOPT_CPU_ISA": isa, "PYTHONPATH": str(ROOT)},
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -293,7 +294,7 @@ def test_each_instruction_set(isa: str) -> None:
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
-        env={"FASTOPT_CPU_ISA": isa, "PATH": "", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "FASTOPT_CPU_ISA": isa, "PYTHONPATH": str(ROOT)},
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
