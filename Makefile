@@ -108,8 +108,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Leaks are not looked for: the interpreter and torch leave memory behind on purpose. The tests know by
-# the path that nothing is fused at -O1.
+# Leaks are not looked for: the interpreter and torch leave memory behind on purpose.
 sanitize: build
 	FASTOPT_SANITIZE=1 $(BIN)/python setup.py --quiet build \
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp

@@ -32,7 +32,10 @@ COMPILE_FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"),
 ]
 LINK_FLAGS = ["-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections"]
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
+SANITIZE_FLAGS = [
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"),
+    *("-O1", "-fexpensive-optimizations"),  # the latter fuses products and sums, as -O3 does
+]
 
 # From the plainest to the widest; csrc/cpu/dispatch.cpp picks at import.
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
