@@ -1,9 +1,9 @@
 """Runs what hardens fastopt and writes docs/reliability.md, from what was counted and nothing else.
 
 ``python tests/harden/report.py`` runs all parts, or those named, and keeps their figures in
-docs/reliability.json, of which it renders the page. A part that fails keeps no row and ends the
-others' figures as they are. ``--quick`` runs a small form of each and keeps nothing. A row says at
-which commit, when and with which versions it was made.
+docs/reliability.json, of which it renders the page. A part that fails writes no row, and the others
+run all the same. ``--quick`` runs a small form of each but the sanitizers' and keeps nothing. A row
+says at which commit, when and with which versions it was made.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ FAMILIES = {
 HEAD = """# Reliability
 
 What was run to break fastopt, and how often. `make harden` runs all of it and writes this page from
-what was counted; `make harden-quick` runs a small form in less than half an hour. A part that fails
-keeps no row.
+what was counted; `make harden-quick` runs a small form, without the sanitizers' builds. A part that
+fails writes no row.
 
 Cases of a family are random calls beside stock with every pair of options, random shapes and
 strides, NaN, infinities, subnormal, huge and tiny numbers among the values;
