@@ -46,11 +46,11 @@ class Problem:
 
 def make_problem(case: AttentionCase, dtype: torch.dtype | None = None) -> Problem:
     """Draws in the case's dtype, so that a problem of another ``dtype`` has the same values."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        drawn = torch.randn(shape, generator=generator).to(case.dtype)
-        return drawn.to(case.device, dtype or case.dtype)
+        drawn = torch.randn(shape, generator=generator, device=case.device)
+        return drawn.to(case.dtype).to(dtype or case.dtype)
 
     shapes = [
         (case.batch, case.heads, rows, case.features)

@@ -2,8 +2,9 @@
 
 Each stage is a process with a time limit of its own, and one that fails does not stop the rest.
 Verdicts, the ends of the outputs and the benchmark's figures go into one JSON file, the table into
-a Markdown file beside it. ``--simulate`` takes the host simulator for the card: it proves this
-file, and its times say nothing.
+a Markdown file beside it, everything that was printed into ``gpu.log``. ``--only`` chooses stages,
+and what it finds in the folder stays for the others. ``--simulate`` takes the host simulator for
+the card: it proves this file, and its times say nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -18,12 +20,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TOTAL_SECONDS = 8 * 60
 KEPT_CHARACTERS = 4000
+OPERATOR_NAMES = ("optimizer_step", "lstm", "attention", "linear_cross_entropy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +43,13 @@ class Stage:
 def stages(simulate: bool, figures: Path) -> list[Stage]:
     """Everything, in order."""
     python, pytest = [sys.executable], [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    parallel = [] if simulate else _parallel()
     card = {} if simulate else {"FASTOPT_TEST_DEVICE": "cuda"}
     interpreter = {"TRITON_INTERPRET": "1"} if simulate else {}
     build = {"FASTOPT_HOST_SIM": "1"} if simulate else {"FASTOPT_CUDA": "on", **_archs()}
     not_triton = ["-k", "not triton"]
-    optimizers = ("card_optimizers", "card_state_storage")
-    parity = _files(*optimizers, "cuda_device") + not_triton
+    optimizers = ("card_optimizers", "card_state_storage", "card_lamb")
+    parity = _files(*optimizers, "cuda_device", "canaries") + not_triton
     activations = _files("card_attention", "card_lstm", "cuda_lstm") + not_triton
     both = ("attention", "attention_sequences", "linear_cross_entropy")
     shared = _files(*both) + ["-k", "cuda"]
@@ -52,19 +57,16 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
     triton += ["-k", "triton"]
     result = [
         Stage("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 240, build),
-        Stage("parity on the card", [*pytest, *parity], 150, card),
-        Stage("parity of LSTM and attention", [*pytest, *activations], 200, card),
-        Stage("parity of Triton's kernels", [*pytest, *triton], 200, card),
-        Stage("parity of shared cases", [*pytest, *shared], 120, card),
-        Stage(
-            "benchmark",
-            [*python, "-m", "bench.gpu", "--figures", str(figures)]
-            + (["--simulate"] if simulate else []),
-            400 if simulate else 200,
-            interpreter,
-        ),
-        Stage("self-check", [*python, "-m", "fastopt", "selfcheck"], 60),
+        Stage("parity on the card", [*pytest, *parallel, *parity], 150, card),
+        Stage("parity of LSTM and attention", [*pytest, *parallel, *activations], 200, card),
+        Stage("parity of Triton's kernels", [*pytest, *parallel, *triton], 200, card),
+        Stage("parity of shared cases", [*pytest, *parallel, *shared], 120, card),
     ]
+    for operator in OPERATOR_NAMES:
+        command = [*python, "-m", "bench.gpu", "--figures", str(figures), "--operator", operator]
+        command += ["--simulate"] if simulate else []
+        result.append(Stage(f"benchmark, {operator}", command, 200, interpreter))
+    result.append(Stage("self-check", [*python, "-m", "fastopt", "selfcheck"], 60))
     if simulate:
         return result
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -81,6 +83,13 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
         quick = ["-m", "bench", "--quick", "--processes", "1", "--only", "AdamW, 1"]
         result.append(Stage(f"CPU benchmark, {isa}", [*python, *quick], 60, environment))
     return result
+
+
+def _parallel() -> list[str]:
+    """Several processes for the tests, where pytest knows how to."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
 
 
 def _files(*names: str) -> list[str]:
@@ -108,8 +117,8 @@ def _instruction_sets() -> tuple[str, ...]:
     return tuple(result.stdout.split()) or ("baseline",)
 
 
-def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
-    """Runs a command and never raises."""
+def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
+    """Runs a command, never raises, and adds what it printed to a file."""
     print(f"== {stage.name}", flush=True)
     start = time.monotonic()
     limit = max(1.0, min(stage.seconds, seconds))
@@ -132,29 +141,38 @@ def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
     except OSError as error:
         verdict, output = f"did not start: {error}", ""
     took = time.monotonic() - start
+    with log.open("a") as file:
+        file.write(f"== {stage.name}: {verdict}, {took:.0f} s\n{output}\n")
     print(
         output[-KEPT_CHARACTERS:], f"== {stage.name}: {verdict}, {took:.0f} s", sep="\n", flush=True
     )
     return {"verdict": verdict, "seconds": round(took, 1), "output": output[-KEPT_CHARACTERS:]}
 
 
-def run_all(folder: Path, simulate: bool) -> int:
-    """Runs the stages and writes the files. Returns how many stages failed."""
+def run_all(folder: Path, simulate: bool, only: str = "", seconds: float = TOTAL_SECONDS) -> int:
+    """Runs the stages whose names match and writes the files. Returns how many stages failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = folder / "figures.json"
-    deadline = time.monotonic() + TOTAL_SECONDS
+    figures, log = folder / "figures.json", folder / "gpu.log"
+    deadline = time.monotonic() + seconds
     verdicts: dict[str, dict[str, Any]] = {}
     build, *rest = stages(simulate, figures)
-    verdicts[build.name] = run_stage(build, build.seconds)
+    if re.search(only, build.name):
+        verdicts[build.name] = run_stage(build, build.seconds, log)
     # What the processor can do is known once the module is built.
     for stage in rest if simulate else stages(simulate, figures)[1:]:
-        verdicts[stage.name] = run_stage(stage, deadline - time.monotonic())
-    result: dict[str, Any] = {"simulated": simulate, "stages": verdicts, "cases": {}}
+        if re.search(only, stage.name):
+            verdicts[stage.name] = run_stage(stage, deadline - time.monotonic(), log)
+    result: dict[str, Any] = {"simulated": simulate, "stages": {}, "cases": {}}
     if figures.exists():
         result |= json.loads(figures.read_text())
         figures.unlink()
     name = re.sub(r"[^a-z0-9]+", "-", result.get("machine", {}).get("card", "unknown").lower())
     path = folder / f"gpu-{name.strip('-')}.json"
+    if only and path.exists():
+        before = json.loads(path.read_text())
+        result = {**before, **result, "cases": before["cases"] | result["cases"]}
+        verdicts = before["stages"] | verdicts
+    result["stages"] = verdicts
     path.write_text(json.dumps(result, indent=1) + "\n")
     table = gpu_table(result)
     path.with_suffix(".md").write_text(table + "\n")
@@ -162,8 +180,11 @@ def run_all(folder: Path, simulate: bool) -> int:
     return sum(verdict["verdict"] != "passed" for verdict in verdicts.values())
 
 
-def measure(simulate: bool, path: Path) -> None:
-    """Checks and times the cases of a card; what is done is in the file, should time run out."""
+def measure(simulate: bool, path: Path, operators: Sequence[str]) -> int:
+    """Checks and times cases of a card; what is done is in the file, should time run out.
+
+    Returns how many cases one of ours failed.
+    """
     import torch
 
     from bench.gpu_operators import OPERATORS, simulated_card
@@ -174,17 +195,20 @@ def measure(simulate: bool, path: Path) -> None:
     synchronize = (lambda: None) if simulate else torch.cuda.synchronize
     card = "the host simulator" if simulate else torch.cuda.get_device_name()
     capability = 0 if simulate else launch.capability(torch.device("cuda"))
-    cases: dict[str, Any] = {}
-    result = {
-        "machine": {**machine(), **provenance(), "card": card, "capability": capability},
-        "cases": cases,
-    }
+    result = {"machine": {**machine(), **provenance(), "card": card, "capability": capability}}
+    result["cases"] = json.loads(path.read_text())["cases"] if path.exists() else {}
+    failed = 0
     with simulated_card() if simulate else contextlib.nullcontext():
-        for operator in OPERATORS:
-            for name, timings in measure_operator(operator, synchronize, simulate=simulate):
-                cases[name] = {who: dataclasses.asdict(t) for who, t in timings.items()}
-                print(name, {who: f"{t.median * 1e3:.3f} ms" for who, t in timings.items()})
+        for operator in (each for each in OPERATORS if each.name in operators):
+            for name, measured in measure_operator(operator, synchronize, simulate=simulate):
+                timings = measured.timings.items()
+                result["cases"][name] = {who: dataclasses.asdict(t) for who, t in timings}
+                print(name, {who: f"{t.median * 1e3:.3f} ms" for who, t in timings}, flush=True)
+                for who, failure in measured.failures.items():
+                    print(f"{name}: {who}: {failure}", flush=True)
+                failed += bool(measured.failures)
                 path.write_text(json.dumps(result))
+    return failed
 
 
 def gpu_table(result: dict[str, Any] | None) -> str:
@@ -217,12 +241,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--simulate", action="store_true", help="the host simulator is the card")
+    parser.add_argument("--only", default="", help="a pattern: the stages whose names match")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all stages")
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--operator", action="append", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.figures:
-        measure(arguments.simulate, arguments.figures)
-        return 0
-    return 1 if run_all(arguments.results, arguments.simulate) else 0
+        operators = arguments.operator or OPERATOR_NAMES
+        return 1 if measure(arguments.simulate, arguments.figures, operators) else 0
+    failed = run_all(arguments.results, arguments.simulate, arguments.only, arguments.seconds)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

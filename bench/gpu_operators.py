@@ -122,9 +122,22 @@ OPERATORS = (
 ALL_CASES: tuple[Case, ...] = tuple(case for operator in OPERATORS for case in operator.cases)
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a case gave.
+
+    Attributes:
+        timings: Of the contenders that took it, by name.
+        failures: What each of ours raised that did not, in words, by its name.
+    """
+
+    timings: dict[str, Timing]
+    failures: dict[str, str]
+
+
 def measure(
     operator: GpuOperator, synchronize: Callable[[], None], *, simulate: bool
-) -> Iterator[tuple[str, dict[str, Timing]]]:
+) -> Iterator[tuple[str, Measured]]:
     """Times each case, all contenders in turn; the simulator gets small ones, Triton a few."""
     for number, case in enumerate(operator.cases):
         ours = {"cuda": OURS, "triton": TRITON}
@@ -137,20 +150,32 @@ def measure(
         # Stock's LSTM has a switch of its own, which is on.
         stock_flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32)
         with tf32_products(tf32), stock_flags:
-            timed = {}
+            timed, failures = {}, {}
             for backend, name_of_ours in ours.items():
                 if isinstance(case, OptimizerCase):  # an optimizer's own backend goes before
                     case = dataclasses.replace(case, backend=backend)
-                with use_backend(backend):
-                    operator.check_parity(case)
-                    there = operator.contenders(case)
-                for name, contender in there.items():
-                    own = _on(backend, contender, synchronize)
-                    if name == OURS:
-                        timed[name_of_ours] = own
-                    elif backend == "cuda" and _runs(own):
-                        timed[name] = own
-            yield case.name, interleaved(timed, case.rounds)
+                try:
+                    there = _checked_contenders(operator, case, backend, synchronize)
+                except Exception as error:  # one that fails is a row of the table, not its end
+                    failures[name_of_ours] = f"{type(error).__name__}: {error}"
+                    continue
+                timed[name_of_ours] = there.pop(OURS)
+                if backend == "cuda":
+                    timed |= {name: peer for name, peer in there.items() if _runs(peer)}
+            yield case.name, Measured(interleaved(timed, case.rounds), failures)
+
+
+def _checked_contenders(
+    operator: GpuOperator, case: Any, backend: str, synchronize: Callable[[], None]
+) -> dict[str, Contender]:
+    """A case's contenders once ours has given the right numbers, and has run."""
+    with use_backend(backend):
+        operator.check_parity(case)
+        there = operator.contenders(case)
+    finished = {name: _on(backend, each, synchronize) for name, each in there.items()}
+    finished[OURS].prepare()
+    finished[OURS].call()
+    return finished
 
 
 def _on(backend: str, contender: Contender, synchronize: Callable[[], None]) -> Contender:
@@ -168,11 +193,12 @@ def _on(backend: str, contender: Contender, synchronize: Callable[[], None]) -> 
 
 
 def _runs(contender: Contender) -> bool:
-    """Whether a contender takes the case: stock's kernels refuse what they do not know."""
+    """Whether a contender takes the case: kernels of others refuse what they do not know."""
     try:
         contender.prepare()
         contender.call()
-    except (RuntimeError, torch._dynamo.exc.TorchDynamoException):
+    except Exception as error:  # each package has errors of its own
+        print(f"not timed: {type(error).__name__}: {str(error)[:200]}", flush=True)
         return False
     return True
 
@@ -198,6 +224,10 @@ def table(operator: GpuOperator, cases: Mapping[str, Figures]) -> list[str]:
             lines.append(f"| {case.name} | not yet measured | {empty} | {bars_of(case)} |")
             continue
         timings = cases[case.name]
+        if OURS not in timings:
+            empty = " | ".join([""] * (len(peers) + 1))
+            lines.append(f"| {case.name} | failed | {empty} | {bars_of(case)} |")
+            continue
         ours = timings[OURS]["median"]
         ratios = [f"{timings[n]['median'] / ours:.2f}" if n in timings else "" for n in peers]
         cells = [f"{ours * 1e3:.3g}", *ratios, operator.of_limit(case, timings), bars_of(case)]

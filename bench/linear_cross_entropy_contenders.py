@@ -39,17 +39,17 @@ class Problem:
 
 def make_problem(case: LinearCrossEntropyCase, dtype: torch.dtype | None = None) -> Problem:
     """Draws in the case's dtype, so that a problem of another ``dtype`` has the same values."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(case.device).manual_seed(0)
 
     def draw(scale: float, *shape: int) -> Tensor:
-        drawn = scale * torch.randn(shape, generator=generator)
-        return drawn.to(case.dtype).to(case.device, dtype or case.dtype)
+        drawn = scale * torch.randn(shape, generator=generator, device=case.device)
+        return drawn.to(case.dtype).to(dtype or case.dtype)
 
     input = draw(1.0, case.rows, case.features)
     weight = draw(case.features**-0.5, case.classes, case.features)
-    target = torch.randint(case.classes, (case.rows,), generator=generator)
+    target = torch.randint(case.classes, (case.rows,), generator=generator, device=case.device)
     target[: round(case.rows * case.ignored)] = -100
-    problem = Problem(input, weight, target.to(case.device))
+    problem = Problem(input, weight, target)
     for leaf in problem.leaves.values():
         leaf.requires_grad_(case.mode == "training")
     return problem

@@ -41,12 +41,12 @@ def data_of(sequence: Tensor | PackedSequence) -> Tensor:
 
 def make_problem(case: LSTMCase, cls: Any, dtype: torch.dtype | None = None) -> Problem:
     """Draws in the case's dtype, so that a problem of another ``dtype`` has the same values."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(case.device).manual_seed(0)
     dtype = dtype or case.dtype
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        drawn = torch.randn(shape, generator=generator) * scale
-        return drawn.to(case.dtype).to(case.device, dtype)
+        drawn = torch.randn(shape, generator=generator, device=case.device) * scale
+        return drawn.to(case.dtype).to(dtype)
 
     module = cls(
         case.input_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -136,7 +137,7 @@ def provenance() -> Provenance:
     """What is measured, and when."""
     return {
         "fastopt": fastopt.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("FASTOPT_COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "date": datetime.date.today().isoformat(),
     }
 

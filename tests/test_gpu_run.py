@@ -29,7 +29,7 @@ def test_a_dry_run_passes_every_stage_and_writes_json_and_table(
     result = json.loads((tmp_path / "gpu-the-host-simulator.json").read_text())
     assert result["simulated"] and set(result["cases"]) == {case.name for case in ALL_CASES}
     table = (tmp_path / "gpu-the-host-simulator.md").read_text()
-    assert "say nothing" in table and "| benchmark | passed |" in table
+    assert "say nothing" in table and "| benchmark, attention | passed |" in table
 
 
 def test_a_failing_or_slow_stage_does_not_stop_the_rest(

@@ -53,9 +53,15 @@ using Factor = double (*)(const double* hyperparameters, double step);
 using BindRule = void (*)(void* functor, const double* hyperparameters, const Progress& progress);
 
 template <class Rule, class = void>
-constexpr Factor kFactor = nullptr;
+constexpr bool kHasFactor = false;
 template <class Rule>
-constexpr Factor kFactor<Rule, std::void_t<decltype(&Rule::factor)>> = factor<Rule>;
+constexpr bool kHasFactor<Rule, std::void_t<decltype(&Rule::factor)>> = true;
+
+template <class Rule>
+constexpr Factor factor_of() {
+  if constexpr (kHasFactor<Rule>) return factor<Rule>;
+  return nullptr;
+}
 
 template <class Rule, class = void>
 constexpr unsigned kPositiveSlotsOf = 0;
@@ -76,7 +82,7 @@ struct RuleTable<std::index_sequence<kIndices...>> {
   static constexpr UpdateRuleInfo kInfo[] = {
       {RuleAt<float, kIndices>::kName, RuleAt<float, kIndices>::kSlots,
        static_cast<int>(sizeof(typename RuleAt<float, kIndices>::Hyperparameters) / sizeof(double)),
-       kFactor<RuleAt<float, kIndices>>, kPositiveSlotsOf<RuleAt<float, kIndices>>,
+       factor_of<RuleAt<float, kIndices>>(), kPositiveSlotsOf<RuleAt<float, kIndices>>,
        kIsLayerwise<RuleAt<float, kIndices>>, kIndices < kCodedRules}...};
 
   // Binds the rule for the arithmetic type T.

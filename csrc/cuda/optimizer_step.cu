@@ -94,12 +94,6 @@ __global__ void __launch_bounds__(kStepThreads, kBlocksPerMultiprocessor)
   });
 }
 
-// Not whether kFactor is null: under UBSan, GCC takes no function's address for a constant.
-template <class Rule, class = void>
-constexpr bool kHasFactor = false;
-template <class Rule>
-constexpr bool kHasFactor<Rule, std::void_t<decltype(&Rule::factor)>> = true;
-
 // One thread advances the counters of one task and folds its scalars.
 template <class Rule, int kCapacity>
 __global__ void __launch_bounds__(kStepThreads)
