@@ -44,7 +44,8 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
     """Everything, in order."""
     python, pytest = [sys.executable], [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     parallel = [] if simulate else _parallel()
-    card = {} if simulate else {"FASTOPT_TEST_DEVICE": "cuda"}
+    # Several processes with all threads each would be in each other's way.
+    card = {} if simulate else {"FASTOPT_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1"}
     interpreter = {"TRITON_INTERPRET": "1"} if simulate else {}
     build = {"FASTOPT_HOST_SIM": "1"} if simulate else {"FASTOPT_CUDA": "on", **_archs()}
     not_triton = ["-k", "not triton"]

@@ -60,6 +60,7 @@ def make_problem(case: LSTMCase, cls: Any, dtype: torch.dtype | None = None) -> 
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(draw(*parameter.shape, scale=case.hidden_size**-0.5))
+    module.flatten_parameters()  # else cuDNN copies them at every call
     padded = draw(case.time, case.batch, case.input_size)
     inputs: Tensor | PackedSequence = padded
     if case.lengths:

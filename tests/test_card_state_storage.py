@@ -104,7 +104,7 @@ def everything(optimizer: Any, params: Params) -> list[Tensor]:
     for param in params:
         grads = [] if param.grad is None else [param.grad]
         found += [param.detach(), *grads, *optimizer.state[param].values()]
-    return [tensor.cpu() for tensor in found]
+    return [tensor.clone().cpu() for tensor in found]  # both lie as copies do
 
 
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:

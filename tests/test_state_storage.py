@@ -17,6 +17,7 @@ from cards import DEVICE, card, over_cards  # noqa: F401
 from cases import StoredCase
 from fastopt import optim
 from fastopt.backends import state_codes
+from fastopt.backends.planning import counter_device
 from fastopt.backends.state_codes import ParamCode
 from tolerances import assert_matches
 
@@ -568,3 +569,24 @@ def test_state_dicts_are_plain_tensors() -> None:
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
     assert torch.load(buffer, weights_only=True)["state"][0]["exp_avg"].dtype is torch.uint8
+
+
+@pytest.mark.parametrize("precision", ["stochastic", "kahan", "master"])
+@pytest.mark.parametrize("storage", ["bf16", "8bit"])
+def test_codes_mix_no_devices_and_steps_are_counted_where_torch_counts_them(
+    storage: str, precision: str
+) -> None:
+    """The device "meta" refuses tensors of another beside its own, as a card does."""
+    param = torch.zeros(5000, dtype=torch.bfloat16, device="meta")
+    keys, group = ("exp_avg", "exp_avg_sq"), {"capturable": True}
+    coding = state_codes.coding_of(param, 2, storage, precision, 0)
+    assert coding is not None
+    state: dict[str, Any] = {}
+    state_codes.add_missing(state, keys, param, coding, counter_device(group, param))
+    assert all(tensor.is_meta for tensor in state.values())
+    name, _ = state_codes.REMAINDERS.get(coding.param, ("", None))
+    largest = tuple(state.get(state_codes.largest_key(key)) for key in keys)
+    coded = state_codes.CodedState(coding.slots, largest, coding.param, state.get(name), 0, 0)
+    slots = [state[key] for key in keys]
+    values = state_codes.read(param, slots, coded, "adam")
+    state_codes.write(param, slots, values, coded, "adam", 1)

@@ -15,6 +15,7 @@ from fastopt.backends.plain_tensors import DLPACK_DEVICES
 from fastopt.backends.planning import (
     PlannedParameter,
     bump_versions,
+    counts_on_device,
     joined_norm,
     members,
     named_refusal,
@@ -39,15 +40,13 @@ class CardPlan(abc.ABC):
     ) -> None:
         self._device = device
         # Where the host plays the card, steps are counted where torch would count them on one.
-        on_card = [
-            group.get("capturable") or group.get("fused") for group in optimizer.param_groups
-        ]
+        on_card = any(map(counts_on_device, optimizer.param_groups))
         self._native = native(
             optimizer.state,
             planned,
             DLPACK_DEVICES[device.type],
             device.index or 0,
-            device.type == "cpu" and not any(on_card),
+            device.type == "cpu" and not on_card,
         )
         self._functors = self._empty(self._native.functor_bytes)
         self._upload()

@@ -86,12 +86,25 @@ def make_coded_state(optimizer: SteppedOptimizer, rules: Sequence[UpdateRule]) -
             optimizer._has_coded |= coding is not None
             state = optimizer.state.get(param)
             if state and optimizer._has_coded:
-                spread_state.bring_to(state, keys, param, coding, rule.name)
+                spread_state.bring_to(
+                    state, keys, param, coding, rule.name, counter_device(group, param)
+                )
             if coding is not None and param.grad is not None:
                 state = optimizer.state[param]
-                if made := spread_state.add_missing(state, keys, param, coding):
+                counter = counter_device(group, param)
+                if made := spread_state.add_missing(state, keys, param, coding, counter):
                     created[id(param)] = param, made
     return created
+
+
+def counts_on_device(group: ParamGroup) -> bool:
+    """Whether torch counts steps beside the parameters, for graphs and its fused kernels."""
+    return bool(group.get("capturable") or group.get("fused"))
+
+
+def counter_device(group: ParamGroup, param: Tensor) -> torch.device:
+    """Where torch counts the steps of a parameter."""
+    return param.device if counts_on_device(group) else torch.device("cpu")
 
 
 def undo_state(optimizer: SteppedOptimizer, param: Tensor, keys: Sequence[str]) -> None:
@@ -209,10 +222,7 @@ def scalar(value: float | Tensor) -> float | Tensor:
 
 def stays_on_device(optimizer: SteppedOptimizer, verdict: Tensor) -> bool:
     """Whether a gradient scaler's verdict need not be read: steps are counted beside it."""
-    counted_there = all(
-        group.get("capturable") or group.get("fused") for group in optimizer.param_groups
-    )
-    return verdict.device.type != "cpu" and counted_there
+    return verdict.device.type != "cpu" and all(map(counts_on_device, optimizer.param_groups))
 
 
 def joined_norm(norms: Sequence[float | Tensor], order: float) -> float | Tensor:

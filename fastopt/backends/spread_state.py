@@ -41,11 +41,15 @@ def takes_codes(param: Any) -> bool:
 
 
 def add_missing(
-    state: dict[str, Any], keys: Sequence[str], param: Tensor, coding: StateCoding
+    state: dict[str, Any],
+    keys: Sequence[str],
+    param: Tensor,
+    coding: StateCoding,
+    counter_device: torch.device,
 ) -> list[str]:
     """As ``state_codes.add_missing``."""
     parts = parts_of(state, param)
-    made = state_codes.add_missing(parts, keys, local_of(param), coding)
+    made = state_codes.add_missing(parts, keys, local_of(param), coding, counter_device)
     state.update({key: _whole(key, parts[key], param) for key in made})
     return made
 
@@ -56,6 +60,7 @@ def bring_to(
     param: Tensor,
     coding: StateCoding | None,
     rule: str,
+    counter_device: torch.device,
 ) -> None:
     """As ``state_codes.bring_to``.
 
@@ -63,10 +68,10 @@ def bring_to(
         RuntimeError: The parameter is not spread as it was where 8-bit state comes from.
     """
     if not is_dtensor(param):
-        return state_codes.bring_to(state, keys, param, coding, rule)
+        return state_codes.bring_to(state, keys, param, coding, rule, counter_device)
     before = parts_of(state, param)
     after = dict(before)
-    state_codes.bring_to(after, keys, local_of(param), coding, rule)
+    state_codes.bring_to(after, keys, local_of(param), coding, rule, counter_device)
     for key in before.keys() - after.keys():
         del state[key]
     for key, part in after.items():

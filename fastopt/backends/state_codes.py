@@ -171,11 +171,16 @@ def is_coded(state: Mapping[str, Any]) -> bool:
 
 
 def add_missing(
-    state: dict[str, Any], keys: Sequence[str], param: Tensor, coding: StateCoding
+    state: dict[str, Any],
+    keys: Sequence[str],
+    param: Tensor,
+    coding: StateCoding,
+    counter_device: torch.device,
 ) -> list[str]:
     """Makes what the state of a parameter lacks, zeros, and returns its keys.
 
-    Where there is no moment yet, the next step is the first one.
+    Where there is no moment yet, the next step is the first one. Steps are counted on
+    ``counter_device``.
     """
     made: list[str] = []
 
@@ -185,7 +190,7 @@ def add_missing(
 
     is_first = bool(keys) and all(state.get(key) is None for key in keys)
     if is_first or "step" not in state:
-        add("step", torch.zeros((), dtype=torch.float32))
+        add("step", torch.zeros((), dtype=torch.float32, device=counter_device))
     for key, code in zip(keys, coding.slots, strict=True):
         if state.get(key) is None:
             add(key, torch.zeros_like(param, dtype=DTYPES.get(code, param.dtype)))
@@ -205,17 +210,19 @@ def bring_to(
     param: Tensor,
     coding: StateCoding | None,
     rule: str,
+    counter_device: torch.device,
 ) -> None:
     """Changes the way in which a parameter's state is stored, in place, where it is another.
 
-    A remainder of another kind than the parameter's is dropped.
+    A remainder of another kind than the parameter's is dropped. Steps that have not been counted
+    are from now on, on ``counter_device``.
     """
     kept, _ = REMAINDERS.get(coding.param, ("", None)) if coding is not None else ("", None)
     for name, _ in REMAINDERS.values():
         if name != kept:
             state.pop(name, None)
     if coding is not None and "step" not in state:
-        state["step"] = torch.ones((), dtype=torch.float32)  # not the first one
+        state["step"] = torch.ones((), dtype=torch.float32, device=counter_device)  # not the first
     codes = coding.slots if coding is not None else (SlotCode.AS_PARAMETER,) * len(keys)
     for key, code, positive in zip(keys, codes, positive_slots(rule), strict=True):
         tensor = state.get(key)
@@ -377,18 +384,18 @@ def write(
     step: int,
 ) -> None:
     """Stores what ``read`` gave, after a step; ``values`` lie as the parameter does."""
-    drawn = coded.seed, coded.number, step, param.numel()
+    draws = coded.seed, coded.number, step, param.numel(), param.device
     new_param, *new_slots = [in_memory_order(value).float() for value in values]
     own = in_memory_order(param)
     if coded.param is ParamCode.STOCHASTIC:
-        own.copy_(bf16_by_chance(new_param, param_chances(*drawn)))
+        own.copy_(bf16_by_chance(new_param, param_chances(*draws)))
     elif coded.remainder is not None:
         rounded, lost = split(new_param, coded.param)
         own.copy_(rounded)
         in_memory_order(coded.remainder).copy_(lost)
     else:
         own.copy_(new_param)
-    chances = state_chances(*drawn)
+    chances = state_chances(*draws)
     everything = zip(slots, new_slots, coded.largest, positive_slots(rule), strict=True)
     for slot, value, largest, positive in everything:
         own = in_memory_order(slot)
@@ -402,20 +409,20 @@ def write(
             own.copy_(value)
 
 
-def state_chances(seed: int, number: int, step: int, count: int) -> Tensor:
+def state_chances(seed: int, number: int, step: int, count: int, device: torch.device) -> Tensor:
     """What rounds the state of a parameter in a step: numbers below 2^16, int64 ``[count]``."""
-    return (_random_words(seed, number, step, count) >> 16).reshape(-1)[:count]
+    return (_random_words(seed, number, step, count, device) >> 16).reshape(-1)[:count]
 
 
-def param_chances(seed: int, number: int, step: int, count: int) -> Tensor:
+def param_chances(seed: int, number: int, step: int, count: int, device: torch.device) -> Tensor:
     """The same for the parameter: those that share a word turn it by the golden section."""
-    turns = torch.arange(64, device="cpu").view(64, 1) * GOLDEN_TURN
-    words = _random_words(seed, number, step, count) + turns
+    turns = torch.arange(64, device=device).view(64, 1) * GOLDEN_TURN
+    words = _random_words(seed, number, step, count, device) + turns
     return (words & 0xFFFF).reshape(-1)[:count]
 
 
-def _random_words(seed: int, number: int, step: int, count: int) -> Tensor:
+def _random_words(seed: int, number: int, step: int, count: int, device: torch.device) -> Tensor:
     """Philox numbers of 32 bits: 4096 elements share 64, ``[groups, 64, 64]``."""
     words = torch.empty(1, max(-(-count // 4096), 1) * 64, dtype=torch.int32, device="cpu")
     _native_cpu.random_words(seed, number, step, words)
-    return (words[0].long() & 0xFFFFFFFF).view(-1, 1, 64).expand(-1, 64, -1)
+    return (words[0].to(device).long() & 0xFFFFFFFF).view(-1, 1, 64).expand(-1, 64, -1)

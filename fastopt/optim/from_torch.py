@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from fastopt.backends.planning import counter_device
 from fastopt.backends.state_codes import bring_to
 from fastopt.optim.adagrad import Adagrad
 from fastopt.optim.adam import Adam
@@ -102,7 +103,8 @@ def to_torch(optimizer: FusedOptimizer) -> Optimizer:
         for group in optimizer.param_groups:
             keys, rule = optimizer._state_keys(group), optimizer._update_rule(group).name
             for param in group["params"]:
-                bring_to(optimizer.state.get(param, {}), keys, param, None, rule)
+                state = optimizer.state.get(param, {})
+                bring_to(state, keys, param, None, rule, counter_device(group, param))
     for name in OWN_ATTRIBUTES:
         vars(optimizer).pop(name, None)
     _change_class(optimizer, twins[type(optimizer)])

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from fastopt.backends.contract import ParamGroup, UpdateRule, WeightDecay
-from fastopt.backends.planning import scalar
+from fastopt.backends.planning import counter_device, scalar
 from fastopt.optim.fused_optimizer import FusedOptimizer, Options, check_hyperparameters
 
 
@@ -90,7 +90,7 @@ class LAMB(FusedOptimizer):
         for param in group["params"]:
             if param.grad is None or "step" in self.state[param]:
                 continue
-            state, place = self.state[param], param.device if group["capturable"] else "cpu"
+            state, place = self.state[param], counter_device(group, param)
             state["step"] = torch.zeros((), dtype=torch.float32, device=place)
             for key in self._state_keys(group):
                 state[key] = self._new_state(key, param)
