@@ -99,6 +99,13 @@ def tensors(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None
 def run(
     case: Case, dtype: torch.dtype, backend: str, given: tuple[Any, ...] | None = None
 ) -> dict[str, Tensor]:
+    """What ``run_there`` gives, on the CPU."""
+    return {name: result.cpu() for name, result in run_there(case, dtype, backend, given).items()}
+
+
+def run_there(
+    case: Case, dtype: torch.dtype, backend: str, given: tuple[Any, ...] | None = None
+) -> dict[str, Tensor]:
     """Outputs and gradients, by name; the reference computes in double precision throughout."""
     inputs, mask, gradient = placed(given or tensors(case, dtype), backend)
     wide = torch.float64 if backend == "reference" else dtype
@@ -113,8 +120,7 @@ def run(
     )  # fmt: skip
     gradients = torch.autograd.grad(output, list(leaves.values()), gradient.to(wide))
     named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
-    results: dict[str, Tensor] = {"output": output.detach(), "logsumexp": logsumexp, **named}
-    return {name: result.cpu() for name, result in results.items()}
+    return {"output": output.detach(), "logsumexp": logsumexp, **named}
 
 
 def table_of(result: str) -> str:
