@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import fastopt
 from bench.attention_cases import AttentionCase
 from bench.compute_contenders import assert_same, compute_contender, with_gradients
 from bench.timing import OURS, Contender
+
+torch._dynamo.config.recompile_limit = 64  # each case is one more
 
 # "The best of stock" is sought among these.
 STOCK = ("torch default",)
@@ -73,7 +76,6 @@ def attention_contenders(case: AttentionCase) -> dict[str, Contender]:
         "torch default": stock,
     }
     if case.compiled:
-        torch._dynamo.config.recompile_limit = 64  # each case is one more
         functions["torch compiled"] = torch.compile(stock, dynamic=False)
         if case.mode == "inference" and case.extra != "dropout":  # all that it does on a CPU
             functions["FlexAttention"] = _flex_attention(case)
@@ -130,8 +132,9 @@ def _flash_attn() -> dict[str, Callable[..., Tensor]]:
     return {"flash-attn": call}
 
 
+@functools.cache
 def _flex_attention(case: AttentionCase) -> Callable[..., Tensor]:
-    """With the signature of ``scaled_dot_product_attention``."""
+    """With the signature of ``scaled_dot_product_attention``; compiled once."""
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = None
     if case.causal:

@@ -1,10 +1,10 @@
 """``make gpu``: builds, proves and measures everything on a machine with a card.
 
 Each stage is a process with a time limit of its own, and one that fails does not stop the rest.
-Verdicts, the ends of the outputs and the benchmark's figures go into one JSON file, the table into
-a Markdown file beside it, everything that was printed into ``gpu.log``. ``--only`` chooses stages,
-and what it finds in the folder stays for the others. ``--simulate`` takes the host simulator for
-the card: it proves this file, and its times say nothing.
+Verdicts and the benchmark's figures go into one JSON file, the table into a Markdown file beside
+it, everything that was printed into ``gpu.log``. ``--only`` chooses stages; what it finds in the
+folder stays for the others. ``--simulate`` takes the host simulator for the card: it proves this
+file, and its times say nothing.
 """
 
 from __future__ import annotations
@@ -12,22 +12,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.gpu_operators import GpuOperator
 
 ROOT = Path(__file__).parent.parent
 TOTAL_SECONDS = 8 * 60
-KEPT_CHARACTERS = 4000
-OPERATOR_NAMES = ("optimizer_step", "lstm", "attention", "linear_cross_entropy")
+PRINTED_CHARACTERS = 4000
+CASES_OF_A_PART = 9  # of the benchmark: a process compiles for so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +68,12 @@ def stages(simulate: bool, figures: Path) -> list[Stage]:
         Stage("parity of Triton's kernels", [*pytest, *parallel, *triton], 200, card),
         Stage("parity of shared cases", [*pytest, *parallel, *shared], 120, card),
     ]
-    for operator in OPERATOR_NAMES:
-        command = [*python, "-m", "bench.gpu", "--figures", str(figures), "--operator", operator]
-        command += ["--simulate"] if simulate else []
-        result.append(Stage(f"benchmark, {operator}", command, 200, interpreter))
-    result.append(Stage("self-check", [*python, "-m", "fastopt", "selfcheck"], 60))
+    benchmark = [*python, "-m", "bench.gpu", "--figures", str(figures)]
+    benchmark += ["--simulate"] if simulate else []
+    # Each case is compared before it is timed.
+    timed = {**interpreter, "FASTOPT_SELFCHECK": "off"}
+    result.append(Stage("benchmark", benchmark, 400 if simulate else 240, timed))
+    result.append(Stage("self-check", [*python, "-m", "fastopt", "selfcheck"], 120))
     if simulate:
         return result
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -124,36 +130,42 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
     start = time.monotonic()
     limit = max(1.0, min(stage.seconds, seconds))
     try:
-        result = subprocess.run(
+        process = subprocess.Popen(
             stage.command,
             cwd=ROOT,
             env={**os.environ, **stage.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=limit,
-            check=False,
+            start_new_session=True,
         )
-        verdict = "passed" if result.returncode == 0 else f"failed with {result.returncode}"
-        output = result.stdout
-    except subprocess.TimeoutExpired as error:
-        verdict = f"stopped after {limit:.0f} s"
-        output = (error.stdout or b"").decode(errors="replace")
     except OSError as error:
         verdict, output = f"did not start: {error}", ""
+    else:
+        try:
+            output, _ = process.communicate(timeout=limit)
+            verdict = f"failed with {process.returncode}" if process.returncode else "passed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            output, _ = process.communicate()
+            verdict = f"stopped after {limit:.0f} s"
     took = time.monotonic() - start
     with log.open("a") as file:
         file.write(f"== {stage.name}: {verdict}, {took:.0f} s\n{output}\n")
     print(
-        output[-KEPT_CHARACTERS:], f"== {stage.name}: {verdict}, {took:.0f} s", sep="\n", flush=True
+        output[-PRINTED_CHARACTERS:],
+        f"== {stage.name}: {verdict}, {took:.0f} s",
+        sep="\n",
+        flush=True,
     )
-    return {"verdict": verdict, "seconds": round(took, 1), "output": output[-KEPT_CHARACTERS:]}
+    last = output.strip().rpartition("\n")[2][:200]
+    return {"verdict": verdict, "seconds": round(took, 1), "last_line": last}
 
 
 def run_all(folder: Path, simulate: bool, only: str = "", seconds: float = TOTAL_SECONDS) -> int:
     """Runs the stages whose names match and writes the files. Returns how many stages failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures, log = folder / "figures.json", folder / "gpu.log"
+    figures, log = folder / "figures", folder / "gpu.log"
     deadline = time.monotonic() + seconds
     verdicts: dict[str, dict[str, Any]] = {}
     build, *rest = stages(simulate, figures)
@@ -164,9 +176,11 @@ def run_all(folder: Path, simulate: bool, only: str = "", seconds: float = TOTAL
         if re.search(only, stage.name):
             verdicts[stage.name] = run_stage(stage, deadline - time.monotonic(), log)
     result: dict[str, Any] = {"simulated": simulate, "stages": {}, "cases": {}}
-    if figures.exists():
-        result |= json.loads(figures.read_text())
-        figures.unlink()
+    for part in sorted(figures.glob("*.json")):
+        there = json.loads(part.read_text())
+        result["machine"] = there["machine"]
+        result["cases"] |= there["cases"]
+    shutil.rmtree(figures, ignore_errors=True)
     name = re.sub(r"[^a-z0-9]+", "-", result.get("machine", {}).get("card", "unknown").lower())
     path = folder / f"gpu-{name.strip('-')}.json"
     if only and path.exists():
@@ -181,35 +195,73 @@ def run_all(folder: Path, simulate: bool, only: str = "", seconds: float = TOTAL
     return sum(verdict["verdict"] != "passed" for verdict in verdicts.values())
 
 
-def measure(simulate: bool, path: Path, operators: Sequence[str]) -> int:
-    """Checks and times cases of a card; what is done is in the file, should time run out.
+def measure(simulate: bool, folder: Path) -> int:
+    """Times all cases in parts. Returns how many of the parts failed.
+
+    A part is a process that compiles beside the others and has the card to itself when it times.
+    """
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "bench.gpu", "--figures", str(folder)]
+    command += ["--simulate"] if simulate else []
+    numbers = range(len(_parts()))
+    started = [subprocess.Popen([*command, "--part", str(n)], cwd=ROOT) for n in numbers]
+    return sum(process.wait() != 0 for process in started)
+
+
+def _parts() -> list[tuple[GpuOperator, tuple[Any, ...]]]:
+    """Operators with some of their cases each."""
+    from bench.gpu_operators import OPERATORS
+
+    return [
+        (operator, operator.cases[first : first + CASES_OF_A_PART])
+        for operator in OPERATORS
+        for first in range(0, len(operator.cases), CASES_OF_A_PART)
+    ]
+
+
+def measure_part(simulate: bool, folder: Path, number: int) -> int:
+    """Checks and times a part; what is done is in a file, should time run out.
 
     Returns how many cases one of ours failed.
     """
     import torch
 
-    from bench.gpu_operators import OPERATORS, simulated_card
     from bench.gpu_operators import measure as measure_operator
+    from bench.gpu_operators import simulated_card
     from bench.results import machine, provenance
     from fastopt.backends.triton import launch
 
     synchronize = (lambda: None) if simulate else torch.cuda.synchronize
     card = "the host simulator" if simulate else torch.cuda.get_device_name()
     capability = 0 if simulate else launch.capability(torch.device("cuda"))
-    result = {"machine": {**machine(), **provenance(), "card": card, "capability": capability}}
-    result["cases"] = json.loads(path.read_text())["cases"] if path.exists() else {}
+    cases: dict[str, Any] = {}
+    result = {
+        "machine": {**machine(), **provenance(), "card": card, "capability": capability},
+        "cases": cases,
+    }
+    operator, mine = _parts()[number]
     failed = 0
     with simulated_card() if simulate else contextlib.nullcontext():
-        for operator in (each for each in OPERATORS if each.name in operators):
-            for name, measured in measure_operator(operator, synchronize, simulate=simulate):
-                timings = measured.timings.items()
-                result["cases"][name] = {who: dataclasses.asdict(t) for who, t in timings}
-                print(name, {who: f"{t.median * 1e3:.3f} ms" for who, t in timings}, flush=True)
-                for who, failure in measured.failures.items():
-                    print(f"{name}: {who}: {failure}", flush=True)
-                failed += bool(measured.failures)
-                path.write_text(json.dumps(result))
+        alone = _alone(folder / "lock")
+        for name, measured in measure_operator(
+            operator, mine, synchronize, alone, simulate=simulate
+        ):
+            timings = measured.timings.items()
+            cases[name] = {who: dataclasses.asdict(timing) for who, timing in timings}
+            print(name, {who: f"{timing.median * 1e3:.3f} ms" for who, timing in timings})
+            for who, failure in measured.failures.items():
+                print(f"{name}: {who}: {failure}", flush=True)
+            failed += bool(measured.failures)
+            (folder / f"{number}.json").write_text(json.dumps(result))
     return failed
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Waits until no other process holds the lock, and holds it."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def gpu_table(result: dict[str, Any] | None) -> str:
@@ -245,11 +297,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a pattern: the stages whose names match")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all stages")
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--operator", action="append", help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.part is not None:
+        return 1 if measure_part(arguments.simulate, arguments.figures, arguments.part) else 0
     if arguments.figures:
-        operators = arguments.operator or OPERATOR_NAMES
-        return 1 if measure(arguments.simulate, arguments.figures, operators) else 0
+        return 1 if measure(arguments.simulate, arguments.figures) else 0
     failed = run_all(arguments.results, arguments.simulate, arguments.only, arguments.seconds)
     return 1 if failed else 0
 

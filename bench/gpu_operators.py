@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -136,33 +136,62 @@ class Measured:
 
 
 def measure(
-    operator: GpuOperator, synchronize: Callable[[], None], *, simulate: bool
+    operator: GpuOperator,
+    cases: Sequence[Any],
+    synchronize: Callable[[], None],
+    alone: AbstractContextManager[object],
+    *,
+    simulate: bool,
 ) -> Iterator[tuple[str, Measured]]:
-    """Times each case, all contenders in turn; the simulator gets small ones, Triton a few."""
-    for number, case in enumerate(operator.cases):
-        ours = {"cuda": OURS, "triton": TRITON}
-        if simulate:
-            if number % INTERPRETED_CASES:
-                del ours["triton"]
-            case = operator.clipped(case)
-            case = dataclasses.replace(case, device="cpu", rounds=3, limit_bar=0.0)
-        tf32 = getattr(case, "tf32", False)
-        # Stock's LSTM has a switch of its own, which is on.
-        stock_flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32)
-        with tf32_products(tf32), stock_flags:
-            timed, failures = {}, {}
-            for backend, name_of_ours in ours.items():
-                if isinstance(case, OptimizerCase):  # an optimizer's own backend goes before
-                    case = dataclasses.replace(case, backend=backend)
-                try:
-                    there = _checked_contenders(operator, case, backend, synchronize)
-                except Exception as error:  # one that fails is a row of the table, not its end
-                    failures[name_of_ours] = f"{type(error).__name__}: {error}"
-                    continue
-                timed[name_of_ours] = there.pop(OURS)
-                if backend == "cuda":
-                    timed |= {name: peer for name, peer in there.items() if _runs(peer)}
-            yield case.name, Measured(interleaved(timed, case.rounds), failures)
+    """Times some of an operator's cases, all contenders in turn.
+
+    What has to be compiled is, before anything is timed within ``alone``. The simulator gets small
+    cases, Triton a few of them.
+    """
+    if not simulate:
+        for case in cases:
+            with _products(case):
+                _ready(operator, case, ("cuda", "triton"), synchronize)
+    with alone:
+        for case in cases:
+            backends: tuple[str, ...] = ("cuda", "triton")
+            if simulate:
+                if operator.cases.index(case) % INTERPRETED_CASES:
+                    backends = ("cuda",)
+                case = operator.clipped(case)
+                case = dataclasses.replace(case, device="cpu", rounds=3, limit_bar=0.0)
+            with _products(case):
+                contenders, failures = _ready(operator, case, backends, synchronize)
+                timings = interleaved(contenders, case.rounds) if contenders else {}
+            yield case.name, Measured(timings, failures)
+
+
+@contextmanager
+def _products(case: Any) -> Iterator[None]:
+    """Products in the case's arithmetic; stock's LSTM has a switch of its own, which is on."""
+    tf32 = getattr(case, "tf32", False)
+    with tf32_products(tf32), torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        yield
+
+
+def _ready(
+    operator: GpuOperator, case: Any, backends: Sequence[str], synchronize: Callable[[], None]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """All contenders of a case that take it, by name, and how those of ours failed that do not."""
+    contenders, failures = {}, {}
+    for backend in backends:
+        name_of_ours = OURS if backend == "cuda" else TRITON
+        if isinstance(case, OptimizerCase):  # an optimizer's own backend goes before
+            case = dataclasses.replace(case, backend=backend)
+        try:
+            there = _checked_contenders(operator, case, backend, synchronize)
+        except Exception as error:  # one that fails is a row of the table, not its end
+            failures[name_of_ours] = f"{type(error).__name__}: {error}"
+            continue
+        contenders[name_of_ours] = there.pop(OURS)
+        if backend == "cuda":
+            contenders |= {name: peer for name, peer in there.items() if _runs(peer)}
+    return contenders, failures
 
 
 def _checked_contenders(

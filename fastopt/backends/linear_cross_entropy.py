@@ -285,6 +285,12 @@ class _Products:
         if sums.dtype is self.dtype:
             sums.addmm_(logit_gradients, factor, beta=int(not self._is_first))
             return
+        if sums.is_cuda:  # cuBLAS adds products of halves to fp32 by itself
+            if self._is_first:
+                torch.mm(logit_gradients, factor, out_dtype=sums.dtype, out=sums)
+            else:
+                torch.addmm(sums, logit_gradients, factor, out_dtype=sums.dtype, out=sums)
+            return
         for block in self._blocks:
             part = logit_gradients[block]
             product = torch.mm(part, factor, out=part.new_empty((part.size(0), factor.size(1))))
