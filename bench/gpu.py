@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 TOTAL_SECONDS = 8 * 60
 PRINTED_CHARACTERS = 4000
 CASES_OF_A_PART = 9  # of the benchmark: a process compiles for so many
+LOCK = "lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,13 +199,21 @@ def run_all(folder: Path, simulate: bool, only: str = "", seconds: float = TOTAL
 def measure(simulate: bool, folder: Path) -> int:
     """Times all cases in parts. Returns how many of the parts failed.
 
-    A part is a process that compiles beside the others and has the card to itself when it times.
+    A part is a process that compiles beside the others, waits for all of them to be ready, and has
+    the card to itself when it times.
     """
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "bench.gpu", "--figures", str(folder)]
     command += ["--simulate"] if simulate else []
-    numbers = range(len(_parts()))
-    started = [subprocess.Popen([*command, "--part", str(n)], cwd=ROOT) for n in numbers]
+    started = []
+    with contextlib.ExitStack() as stack:
+        for number in range(len(_parts())):
+            # Of each part's own, which has it until it has compiled.
+            compiling = stack.enter_context((folder / LOCK).open("w"))
+            fcntl.flock(compiling, fcntl.LOCK_SH)
+            descriptor = compiling.fileno()
+            own = [*command, "--part", str(number), "--compiling", str(descriptor)]
+            started.append(subprocess.Popen(own, cwd=ROOT, pass_fds=[descriptor]))
     return sum(process.wait() != 0 for process in started)
 
 
@@ -219,10 +228,17 @@ def _parts() -> list[tuple[GpuOperator, tuple[Any, ...]]]:
     ]
 
 
-def measure_part(simulate: bool, folder: Path, number: int) -> int:
+def measure_part(simulate: bool, folder: Path, number: int, compiling: int) -> int:
     """Checks and times a part; what is done is in a file, should time run out.
 
-    Returns how many cases one of ours failed.
+    Args:
+        simulate: Whether the host plays the card.
+        folder: Of the files, and of the lock.
+        number: Of the part.
+        compiling: A file descriptor that shares the lock until it is closed.
+
+    Returns:
+        How many cases one of ours failed.
     """
     import torch
 
@@ -242,7 +258,7 @@ def measure_part(simulate: bool, folder: Path, number: int) -> int:
     operator, mine = _parts()[number]
     failed = 0
     with simulated_card() if simulate else contextlib.nullcontext():
-        alone = _alone(folder / "lock")
+        alone = _alone(folder / LOCK, compiling)
         for name, measured in measure_operator(
             operator, mine, synchronize, alone, simulate=simulate
         ):
@@ -257,8 +273,9 @@ def measure_part(simulate: bool, folder: Path, number: int) -> int:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Waits until no other process holds the lock, and holds it."""
+def _alone(lock: Path, compiling: int) -> Iterator[None]:
+    """Waits until nobody compiles and nobody else is alone."""
+    os.close(compiling)
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -275,9 +292,9 @@ def gpu_table(result: dict[str, Any] | None) -> str:
             " These are times of a simulator and say nothing." if result["simulated"] else ""
         )
         lines += [
-            f"{machine['card']}, torch {machine['torch']}, fastopt {machine['fastopt']} at "
-            f"{machine['commit']}, {machine['date']}.{simulated} Columns give the contender's "
-            "median over fastopt's; an empty one does not take the case.",
+            f"{machine['card']}, torch {machine['torch']}, fastopt at {machine['commit']}, "
+            f"{machine['date']}.{simulated} Columns give the contender's median over fastopt's; an "
+            "empty one does not take the case.",
             "",
         ]
     for operator in OPERATORS:
@@ -298,9 +315,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all stages")
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--compiling", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part is not None:
-        return 1 if measure_part(arguments.simulate, arguments.figures, arguments.part) else 0
+        part = arguments.part, arguments.compiling
+        return 1 if measure_part(arguments.simulate, arguments.figures, *part) else 0
     if arguments.figures:
         return 1 if measure(arguments.simulate, arguments.figures) else 0
     failed = run_all(arguments.results, arguments.simulate, arguments.only, arguments.seconds)

@@ -44,6 +44,8 @@ class GpuOperator:
         peers: The columns after ours: a contender's median over ours.
         limit: The head of the column that says how near the machine's limit we are.
         of_limit: That figure, from a case and its timings.
+        stock: Which of them torch itself runs, the first that takes a case; none where stock has
+            not the memory that ours is for.
     """
 
     name: str
@@ -54,6 +56,7 @@ class GpuOperator:
     peers: tuple[str, ...]
     limit: str
     of_limit: Callable[[Any, Figures], str]
+    stock: tuple[str, ...] = ()
 
 
 def _optimizer_contenders(case: Any) -> dict[str, Contender]:
@@ -87,6 +90,7 @@ OPERATORS = (
         ("torch default", "torch foreach", "torch fused"),
         "of copy_'s bandwidth",
         _of_copy,
+        ("torch default",),
     ),
     GpuOperator(
         "lstm",
@@ -97,6 +101,7 @@ OPERATORS = (
         ("torch default",),
         "TFLOP/s",
         _teraflops,
+        ("torch default",),
     ),
     GpuOperator(
         "attention",
@@ -107,6 +112,7 @@ OPERATORS = (
         attention_contenders.GPU_PEERS,
         "TFLOP/s",
         _teraflops,
+        tuple(attention_contenders.STOCK_KERNELS),
     ),
     GpuOperator(
         "linear_cross_entropy",

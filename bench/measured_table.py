@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bench.gpu_operators import OPERATORS, TRITON
+from bench.gpu_operators import OPERATORS, TRITON, GpuOperator
 from bench.results import ROOT
 from bench.timing import OURS
 
@@ -16,26 +15,45 @@ PATH = ROOT / "fastopt" / "backends" / "measured_table.py"
 Key = tuple[str, str, int]
 
 
+# Of the time of ``cuda``: two runs differ by less.
+CLEARLY_FASTER = 0.95
+
+
 def fastest(cards: Iterable[Mapping[str, Any]]) -> dict[Key, str]:
-    """By operator, dtype and compute capability: ``triton``, where it beats ``cuda`` on average.
+    """By operator, dtype and compute capability: who is clearly faster than ``cuda`` on average.
 
     The average is the geometric mean over all rows; a simulator has nothing to say.
     """
-    ratios: dict[Key, list[float]] = {}
+    ratios: dict[Key, list[dict[str, float]]] = {}
     for card in cards:
         if card["simulated"] or "machine" not in card:
             continue
         capability = int(card["machine"]["capability"])
         for operator in OPERATORS:
             for case in operator.cases:
-                timings = card["cases"].get(case.name, {})
-                if OURS in timings and TRITON in timings:
-                    ratio = timings[TRITON]["median"] / timings[OURS]["median"]
-                    ratios.setdefault((operator.name, str(case.dtype), capability), []).append(
-                        ratio
-                    )
-    means = {key: math.exp(statistics.fmean(map(math.log, own))) for key, own in ratios.items()}
-    return {key: "triton" for key, mean in sorted(means.items()) if mean < 1}
+                row = _ratios(operator, card["cases"].get(case.name, {}))
+                if row:
+                    key = operator.name, str(case.dtype), capability
+                    ratios.setdefault(key, []).append(row)
+    found = {}
+    for key, rows in sorted(ratios.items()):
+        means = {name: statistics.geometric_mean(row[name] for row in rows) for name in rows[0]}
+        best = min(means, key=lambda name: means[name])
+        if means[best] < CLEARLY_FASTER:
+            found[key] = best
+    return found
+
+
+def _ratios(operator: GpuOperator, timings: Mapping[str, Any]) -> dict[str, float]:
+    """Of the other backends' times to that of ``cuda``; nothing where one was not timed."""
+    columns = {"triton": (TRITON,), "torch": operator.stock}
+    found = {}
+    for backend, names in columns.items():
+        taken = next((name for name in names if name in timings), None)
+        if taken and OURS in timings:
+            found[backend] = timings[taken]["median"] / timings[OURS]["median"]
+    expected = [backend for backend, names in columns.items() if names]
+    return found if list(found) == expected else {}
 
 
 def write(cards: Iterable[Mapping[str, Any]]) -> None:

@@ -25,11 +25,13 @@ BANDWIDTH_PROBE = "add_ of 16.8M"
 
 def make_parameters(case: OptimizerCase) -> list[torch.nn.Parameter]:
     """The case's parameters with gradients, the same for every contender."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(case.device).manual_seed(0)
     params = []
     for shape in case.shapes:
-        values = torch.randn(shape, generator=generator).to(case.device, case.dtype)
-        grad = (torch.randn(shape, generator=generator) * 0.1).to(case.device, case.dtype)
+        values, grad = (
+            torch.randn(shape, generator=generator, device=case.device).mul_(size).to(case.dtype)
+            for size in (1.0, 0.1)
+        )
         param = torch.nn.Parameter(values.t() if case.transposed else values)
         param.grad = grad
         params.append(param)

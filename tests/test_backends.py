@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -186,6 +187,7 @@ def test_auto_asks_first_who_was_measured_to_be_the_fastest(
         operator, dtype, device = "attention", torch.bfloat16, torch.device("cuda")
 
     monkeypatch.setattr(measured, "_capability", lambda device: 90)
+    monkeypatch.setattr(measured, "FASTEST", {})
     assert registry._allowed(OnCard(), "auto") == ("cuda", "triton", "torch")
     table = {("attention", "torch.bfloat16", 90): "triton"}
     monkeypatch.setattr(measured, "FASTEST", table)
@@ -193,6 +195,20 @@ def test_auto_asks_first_who_was_measured_to_be_the_fastest(
     assert registry._allowed(OnCard(), "cuda") == ("cuda",)
     monkeypatch.setattr(measured, "_capability", lambda device: 80)
     assert registry._allowed(OnCard(), "auto") == ("cuda", "triton", "torch")
+
+
+def test_nothing_is_said_where_torch_is_asked_first_and_refuses(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(registry.AUTO_ORDER, "cpu", ("torch", "cpu"))
+    registry._logged.clear()
+    query = torch.randn(1, 2, 3, 4)
+    with caplog.at_level(logging.WARNING, logger="fastopt"):
+        run = partial(fastopt.nn.functional.attention, query, query, query)
+        (stock,) = fastopt.explain(run).calls
+        (own,) = fastopt.explain(partial(run, softcap=1.0)).calls
+    assert stock.backend == "torch" and own.backend == "cpu" and "torch" in own.reasons
+    assert not caplog.records
 
 
 def test_a_fall_through_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -288,7 +288,26 @@ def test_auto_learns_from_cards_alone_which_backend_is_faster() -> None:
     faster = {(operator.name, "torch.bfloat16", 90): "triton"}
     assert measured_table.fastest([card(0.5, 1.5)]) == faster
     assert measured_table.fastest([card(0.9, 1.5)]) == {}
+    assert measured_table.fastest([card(0.99, 0.99)]) == {}  # which is noise
     assert measured_table.fastest([card(0.5, 0.5, simulated=True)]) == {}
+
+
+@pytest.mark.parametrize(
+    ("triton", "flash", "efficient", "expected"),
+    [(0.9, 0.5, 2.0, "torch"), (0.5, 0.9, 0.1, "triton"), (1.0, None, 0.5, "torch"),
+     (1.1, 1.2, 0.1, None), (0.5, None, None, None)],
+)  # fmt: skip
+def test_auto_learns_where_stock_is_faster(
+    triton: float, flash: float | None, efficient: float | None, expected: str | None
+) -> None:
+    """What counts is the kernel that torch itself takes, the first of its order."""
+    (operator,) = [each for each in gpu_operators.OPERATORS if each.name == "attention"]
+    case = operator.cases[0]
+    ratios = {OURS: 1.0, gpu_operators.TRITON: triton, "FLASH": flash, "EFFICIENT": efficient}
+    timings = {name: {"median": ratio} for name, ratio in ratios.items() if ratio is not None}
+    card = {"simulated": False, "machine": {"capability": 90}, "cases": {case.name: timings}}
+    key = operator.name, str(case.dtype), 90
+    assert measured_table.fastest([card]) == ({} if expected is None else {key: expected})
 
 
 def test_what_auto_has_learnt_is_what_was_measured() -> None:

@@ -15,7 +15,7 @@ import linear_cross_entropy_cases as cross_entropy
 import lstm_cases
 import test_attention
 from canaries import LAYOUTS, CanaryMemory, Frame
-from cards import DEVICE, IS_SIMULATED, card  # noqa: F401 (a fixture)
+from cards import DEVICE, IS_SIMULATED, card, placed  # noqa: F401 (a fixture)
 from cases import ALL, COUNTERS, DTYPES, StoredCase, random
 from fastopt.nn import utils
 from fastopt.nn.functional import attention
@@ -172,7 +172,8 @@ def test_attention_passes(memory: CanaryMemory, backend: str, dtype: torch.dtype
         memory.check()
         assert all(memory.holds(found[name]) for name in ("output", "gradient of q"))
         with torch.no_grad():
-            attention(*inputs, attn_mask=mask, backend=backend, **case.options)
+            given, allowed, options = placed((inputs, mask, case.options), backend)
+            attention(*given, attn_mask=allowed, backend=backend, **options)
         memory.check()
 
 

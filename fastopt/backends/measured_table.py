@@ -3,4 +3,7 @@
 from __future__ import annotations
 
 # Backends by operator, dtype and compute capability, where not the first of the usual order.
-FASTEST: dict[tuple[str, str, int], str] = {}
+FASTEST: dict[tuple[str, str, int], str] = {
+    ("attention", "torch.bfloat16", 90): "torch",
+    ("attention", "torch.float32", 90): "torch",
+}

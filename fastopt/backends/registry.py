@@ -147,8 +147,10 @@ def choose(request: Request, choice: str) -> Backend:
     if watching is not None and not selfcheck.is_running():
         watching.append(chosen)
     name = _taken(chosen)
-    if chosen.reasons:
-        log_fall_through(list(chosen.reasons.values())[-1], name, request.task)
+    # Where torch is asked first, ours are what it falls back to.
+    refusals = [reason for backend, reason in chosen.reasons.items() if backend != "torch"]
+    if refusals:
+        log_fall_through(refusals[-1], name, request.task)
     return BACKENDS[name]
 
 
