@@ -44,8 +44,9 @@ class GpuOperator:
         peers: The columns after ours: a contender's median over ours.
         limit: The head of the column that says how near the machine's limit we are.
         of_limit: That figure, from a case and its timings.
-        stock: Which of them torch itself runs, the first that takes a case; none where stock has
-            not the memory that ours is for.
+        stock: Which of them are torch's own; torch runs the first that takes a case.
+        may_be_stock: Whether ``auto`` may leave the operator to stock where that is faster: not
+            where memory is what ours is for.
     """
 
     name: str
@@ -56,7 +57,8 @@ class GpuOperator:
     peers: tuple[str, ...]
     limit: str
     of_limit: Callable[[Any, Figures], str]
-    stock: tuple[str, ...] = ()
+    stock: tuple[str, ...]
+    may_be_stock: bool = True
 
 
 def _optimizer_contenders(case: Any) -> dict[str, Contender]:
@@ -90,7 +92,7 @@ OPERATORS = (
         ("torch default", "torch foreach", "torch fused"),
         "of copy_'s bandwidth",
         _of_copy,
-        ("torch default",),
+        ("torch default", "torch foreach", "torch fused"),
     ),
     GpuOperator(
         "lstm",
@@ -123,6 +125,8 @@ OPERATORS = (
         linear_cross_entropy_contenders.GPU_PEERS,
         "TFLOP/s",
         _teraflops,
+        linear_cross_entropy_contenders.STOCK,
+        may_be_stock=False,
     ),
 )
 ALL_CASES: tuple[Case, ...] = tuple(case for operator in OPERATORS for case in operator.cases)
@@ -244,6 +248,17 @@ def bars_of(case: Case) -> str:
     if case.limit_bar:
         bars.append(f"{case.limit_bar:.0%} of the limit")
     return "<br>".join(bars)
+
+
+def best_of_stock(operator: GpuOperator, cases: Mapping[str, Figures]) -> dict[str, float]:
+    """By case, the time of the fastest form of stock over ours."""
+    found = {}
+    for case in operator.cases:
+        timings = cases.get(case.name, {})
+        stock = [timings[name]["median"] for name in operator.stock if name in timings]
+        if OURS in timings and stock:
+            found[case.name] = min(stock) / timings[OURS]["median"]
+    return found
 
 
 def table(operator: GpuOperator, cases: Mapping[str, Figures]) -> list[str]:

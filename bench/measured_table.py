@@ -46,7 +46,7 @@ def fastest(cards: Iterable[Mapping[str, Any]]) -> dict[Key, str]:
 
 def _ratios(operator: GpuOperator, timings: Mapping[str, Any]) -> dict[str, float]:
     """Of the other backends' times to that of ``cuda``; nothing where one was not timed."""
-    columns = {"triton": (TRITON,), "torch": operator.stock}
+    columns = {"triton": (TRITON,), "torch": operator.stock if operator.may_be_stock else ()}
     found = {}
     for backend, names in columns.items():
         taken = next((name for name in names if name in timings), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import distributed, measured_table, results, training
+from bench import distributed, gpu_operators, measured_table, results, training
 from bench.cases import BEST_OF_STOCK, Case
 from bench.gpu import gpu_table
 from bench.operators import OPERATORS, OPTIMIZERS, Operator
@@ -222,18 +222,27 @@ def rendered_pages() -> dict[Path, str]:
 
 def headline_table() -> str:
     """A row for each operator and machine: how often we are faster than stock, and by how much."""
+    found: list[tuple[str, str, list[float]]] = []
+    for path in committed_results():
+        result = results.load(path)
+        machine = f"{_machine(result)}, {result['machine']['threads']} threads"
+        for operator, _ in tables(result):
+            ratios = [row.best_of_stock[1] for row in rows_of(result, operator)]
+            found.append((operator.group, machine, ratios))
+    for card in _cards():
+        machine = f"{card['machine']['card']}, torch {card['machine']['torch']}"
+        for measured in gpu_operators.OPERATORS:
+            ratios = list(gpu_operators.best_of_stock(measured, card["cases"]).values())
+            if ratios:
+                found.append((measured.cases[0].group, machine, ratios))
     lines = [
         "| | cases | faster than stock | median | from | to | measured on |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
-    for path in committed_results():
-        result = results.load(path)
-        for operator, _ in tables(result):
-            ratios = [row.best_of_stock[1] for row in rows_of(result, operator)]
-            wins = sum(ratio > 1 for ratio in ratios)
-            span = " | ".join(f"{f(ratios):.2f}x" for f in (median, min, max))
-            machine = f"{_machine(result)}, {result['machine']['threads']} threads"
-            lines.append(f"| {operator.group} | {len(ratios)} | {wins} | {span} | {machine} |")
+    for group, machine, ratios in found:
+        wins = sum(ratio > 1 for ratio in ratios)
+        span = " | ".join(f"{f(ratios):.2f}x" for f in (median, min, max))
+        lines.append(f"| {group} | {len(ratios)} | {wins} | {span} | {machine} |")
     return "\n".join(lines) + "\n"
 
 

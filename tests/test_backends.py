@@ -193,6 +193,8 @@ def test_auto_asks_first_who_was_measured_to_be_the_fastest(
     monkeypatch.setattr(measured, "FASTEST", table)
     assert registry._allowed(OnCard(), "auto") == ("triton", "cuda", "torch")
     assert registry._allowed(OnCard(), "cuda") == ("cuda",)
+    monkeypatch.setattr(OnCard, "dtype", torch.float16)
+    assert registry._allowed(OnCard(), "auto") == ("triton", "cuda", "torch")
     monkeypatch.setattr(measured, "_capability", lambda device: 80)
     assert registry._allowed(OnCard(), "auto") == ("cuda", "triton", "torch")
 
