@@ -2,9 +2,8 @@
 
 Each stage is a process with a time limit of its own, and one that fails does not stop the rest.
 Verdicts and the benchmark's figures go into one JSON file, the table into a Markdown file beside
-it, everything that was printed into ``gpu.log``. ``--only`` chooses stages; what it finds in the
-folder stays for the others. ``--simulate`` takes the host simulator for the card: it proves this
-file, and its times say nothing.
+it, everything that was printed into ``gpu.log``. ``--only`` chooses stages. ``--simulate`` takes
+the host simulator for the card: it proves this file, and its times say nothing.
 """
 
 from __future__ import annotations
@@ -97,7 +96,8 @@ def _parallel() -> list[str]:
     """Several processes for the tests, where pytest knows how to."""
     if importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
+    workers = str(min(12, os.cpu_count() or 1))
+    return ["-n", workers, "--dist", "worksteal", "-p", "no:benchmark"]
 
 
 def _files(*names: str) -> list[str]:
@@ -167,6 +167,8 @@ def run_all(folder: Path, simulate: bool, only: str = "", seconds: float = TOTAL
     """Runs the stages whose names match and writes the files. Returns how many stages failed."""
     folder.mkdir(parents=True, exist_ok=True)
     figures, log = folder / "figures", folder / "gpu.log"
+    log.unlink(missing_ok=True)
+    shutil.rmtree(figures, ignore_errors=True)
     deadline = time.monotonic() + seconds
     verdicts: dict[str, dict[str, Any]] = {}
     build, *rest = stages(simulate, figures)
@@ -176,7 +178,7 @@ def run_all(folder: Path, simulate: bool, only: str = "", seconds: float = TOTAL
     for stage in rest if simulate else stages(simulate, figures)[1:]:
         if re.search(only, stage.name):
             verdicts[stage.name] = run_stage(stage, deadline - time.monotonic(), log)
-    result: dict[str, Any] = {"simulated": simulate, "stages": {}, "cases": {}}
+    result: dict[str, Any] = {"simulated": simulate, "stages": verdicts, "cases": {}}
     for part in sorted(figures.glob("*.json")):
         there = json.loads(part.read_text())
         result["machine"] = there["machine"]
@@ -184,11 +186,6 @@ def run_all(folder: Path, simulate: bool, only: str = "", seconds: float = TOTAL
     shutil.rmtree(figures, ignore_errors=True)
     name = re.sub(r"[^a-z0-9]+", "-", result.get("machine", {}).get("card", "unknown").lower())
     path = folder / f"gpu-{name.strip('-')}.json"
-    if only and path.exists():
-        before = json.loads(path.read_text())
-        result = {**before, **result, "cases": before["cases"] | result["cases"]}
-        verdicts = before["stages"] | verdicts
-    result["stages"] = verdicts
     path.write_text(json.dumps(result, indent=1) + "\n")
     table = gpu_table(result)
     path.with_suffix(".md").write_text(table + "\n")
