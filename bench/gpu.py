@@ -126,7 +126,7 @@ def _instruction_sets() -> tuple[str, ...]:
 
 
 def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
-    """Runs a command, never raises, and adds what it printed to a file."""
+    """Runs a command, whatever becomes of it, and adds what it printed to a file."""
     print(f"== {stage.name}", flush=True)
     start = time.monotonic()
     limit = max(1.0, min(stage.seconds, seconds))
@@ -138,6 +138,7 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             start_new_session=True,
         )
     except OSError as error:
@@ -150,6 +151,9 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
             output, _ = process.communicate()
             verdict = f"stopped after {limit:.0f} s"
+        except BaseException:  # such as Ctrl-C, which a session of its own does not hear
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     took = time.monotonic() - start
     with log.open("a") as file:
         file.write(f"== {stage.name}: {verdict}, {took:.0f} s\n{output}\n")
@@ -265,7 +269,9 @@ def measure_part(simulate: bool, folder: Path, number: int, compiling: int) -> i
             for who, failure in measured.failures.items():
                 print(f"{name}: {who}: {failure}", flush=True)
             failed += bool(measured.failures)
-            (folder / f"{number}.json").write_text(json.dumps(result))
+            beside = folder / f"{number}.part"  # time may run out in the middle
+            beside.write_text(json.dumps(result))
+            beside.replace(folder / f"{number}.json")
     return failed
 
 
@@ -291,7 +297,7 @@ def gpu_table(result: dict[str, Any] | None) -> str:
         lines += [
             f"{machine['card']}, torch {machine['torch']}, fastopt at {machine['commit']}, "
             f"{machine['date']}.{simulated} Columns give the contender's median over fastopt's; an "
-            "empty one does not take the case.",
+            "empty one was not installed or did not take the case.",
             "",
         ]
     for operator in OPERATORS:

@@ -44,7 +44,7 @@ class GpuOperator:
         peers: The columns after ours: a contender's median over ours.
         limit: The head of the column that says how near the machine's limit we are.
         of_limit: That figure, from a case and its timings.
-        stock: Which of them are torch's own; torch runs the first that takes a case.
+        stock: Which of them are torch's own, what it runs by default before its kernels by name.
         may_be_stock: Whether ``auto`` may leave the operator to stock where that is faster: not
             where memory is what ours is for.
     """
@@ -114,7 +114,7 @@ OPERATORS = (
         attention_contenders.GPU_PEERS,
         "TFLOP/s",
         _teraflops,
-        tuple(attention_contenders.STOCK_KERNELS),
+        (attention_contenders.DEFAULT, *attention_contenders.STOCK_KERNELS),
     ),
     GpuOperator(
         "linear_cross_entropy",
@@ -162,6 +162,7 @@ def measure(
         for case in cases:
             with _products(case):
                 _ready(operator, case, ("cuda", "triton"), synchronize)
+        torch.cuda.empty_cache()  # the others need memory, too
     with alone:
         for case in cases:
             backends: tuple[str, ...] = ("cuda", "triton")

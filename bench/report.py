@@ -230,6 +230,8 @@ def headline_table() -> str:
             ratios = [row.best_of_stock[1] for row in rows_of(result, operator)]
             found.append((operator.group, machine, ratios))
     for card in _cards():
+        if card["simulated"] or "machine" not in card:
+            continue
         machine = f"{card['machine']['card']}, torch {card['machine']['torch']}"
         for measured in gpu_operators.OPERATORS:
             ratios = list(gpu_operators.best_of_stock(measured, card["cases"]).values())

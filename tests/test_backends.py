@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -185,6 +188,7 @@ def test_auto_asks_first_who_was_measured_to_be_the_fastest(
 ) -> None:
     class OnCard:
         operator, dtype, device = "attention", torch.bfloat16, torch.device("cuda")
+        may_be_stock = False
 
     monkeypatch.setattr(measured, "_capability", lambda device: 90)
     monkeypatch.setattr(measured, "FASTEST", {})
@@ -195,8 +199,50 @@ def test_auto_asks_first_who_was_measured_to_be_the_fastest(
     assert registry._allowed(OnCard(), "cuda") == ("cuda",)
     monkeypatch.setattr(OnCard, "dtype", torch.float16)
     assert registry._allowed(OnCard(), "auto") == ("triton", "cuda", "torch")
+    table[("attention", "torch.bfloat16", 90)] = "torch"
+    assert registry._allowed(OnCard(), "auto") == ("cuda", "triton", "torch")
+    monkeypatch.setattr(OnCard, "may_be_stock", True)
+    assert registry._allowed(OnCard(), "auto") == ("torch", "cuda", "triton")
     monkeypatch.setattr(measured, "_capability", lambda device: 80)
     assert registry._allowed(OnCard(), "auto") == ("cuda", "triton", "torch")
+
+
+def test_stock_is_preferred_for_calls_of_its_own_functions_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where torch was measured to be faster; here the CPU stands for such a card."""
+
+    def fastest(request: Any) -> str | None:
+        return "torch" if request.may_be_stock else None
+
+    monkeypatch.setattr(registry, "fastest_measured", fastest)
+    functional = fastopt.nn.functional
+
+    def backend_of(call: Callable[..., Any], *shape: int, **options: Any) -> str | None:
+        query = torch.randn(shape)
+        (found,) = fastopt.explain(partial(call, query, query, query, **options)).calls
+        return found.backend
+
+    assert backend_of(functional.scaled_dot_product_attention, 2, 2, 5, 8) == "torch"
+    assert backend_of(functional.attention, 2, 2, 5, 8) == "cpu"
+    assert backend_of(functional.attention, 2, 2, 5, 8, return_lse=True) == "cpu"
+    attention = fastopt.nn.MultiheadAttention(8, 2).eval()
+    assert backend_of(attention, 5, 2, 8, need_weights=False) == "torch"
+    assert backend_of(attention, 5, 2, 8, need_weights=True) == "cpu"
+
+
+def test_a_compiled_call_asks_for_the_card_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a constant: what Dynamo cannot trace would break its graph, and it warns of caches."""
+    monkeypatch.setattr(measured, "compute_capability", functools.cache(lambda device: 90))
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def capability(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + measured._capability(tensor.device)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert capability(torch.zeros(1)).item() == 90
 
 
 def test_nothing_is_said_where_torch_is_asked_first_and_refuses(

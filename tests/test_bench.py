@@ -300,7 +300,7 @@ def test_auto_learns_from_cards_alone_which_backend_is_faster() -> None:
 def test_auto_learns_where_stock_is_faster(
     triton: float, flash: float | None, efficient: float | None, expected: str | None
 ) -> None:
-    """What counts is the kernel that torch itself takes, the first of its order."""
+    """What counts is what torch runs by default, or else the first of its kernels timed."""
     (operator,) = [each for each in gpu_operators.OPERATORS if each.name == "attention"]
     case = operator.cases[0]
     ratios = {OURS: 1.0, gpu_operators.TRITON: triton, "FLASH": flash, "EFFICIENT": efficient}

@@ -80,10 +80,17 @@ class Tail(NamedTuple):
 
 
 class _Request:
-    """What all requests have in common: there is a tensor that is worked on."""
+    """What all requests have in common: there is a tensor that is worked on.
+
+    Attributes:
+        operator: Its name.
+        may_be_stock: Whether ``auto`` may prefer stock where that is faster: stock has to give the
+            same, in as little memory.
+    """
 
     __slots__ = ()
     operator: ClassVar[str]
+    may_be_stock: ClassVar[bool] = True
     _subject: ClassVar[str]  # the field
 
     @property
@@ -240,6 +247,7 @@ class AttentionRequest(_Request):
     """
 
     operator: ClassVar[str] = "attention"
+    may_be_stock: ClassVar[bool] = False
     _subject: ClassVar[str] = "query"
 
     query: Tensor
@@ -273,6 +281,13 @@ class AttentionRequest(_Request):
 
 
 @dataclass(frozen=True, slots=True)
+class TwinAttentionRequest(AttentionRequest):
+    """A call of torch's own function: what torch makes of it is right by definition."""
+
+    may_be_stock: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, slots=True)
 class LinearCrossEntropyRequest(_Request):
     """May a backend run this linear layer with its cross-entropy, forward and backward?
 
@@ -296,6 +311,7 @@ class LinearCrossEntropyRequest(_Request):
     """
 
     operator: ClassVar[str] = "linear_cross_entropy"
+    may_be_stock: ClassVar[bool] = False
     _subject: ClassVar[str] = "input"
 
     input: Tensor

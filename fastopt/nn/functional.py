@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as torch_functional
 
-from fastopt.backends.contract import AttentionRequest
+from fastopt.backends.contract import AttentionRequest, TwinAttentionRequest
 from fastopt.backends.plain_tensors import autocast_dtype, can_be_read_now
 from fastopt.backends.reference import dropout_factors
 from fastopt.nn.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -30,9 +30,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """The twin of ``torch.nn.functional.scaled_dot_product_attention``.
 
-    Where the kernels do not take the tensors, torch runs, and raises what it raises. Dropout is
-    drawn from torch's generator once per call; its pattern is not torch's. Jagged nested tensors
-    run in the kernels too.
+    Where the kernels do not take the tensors, torch runs, and raises what it raises, and on cards
+    that were measured to run its kernels faster. Dropout is drawn from torch's generator once per
+    call; the kernels' pattern is not torch's. Jagged nested tensors run in the kernels too.
 
     Args:
         query: ``[..., heads, queries, features]``.
@@ -60,7 +60,7 @@ def scaled_dot_product_attention(
             return output
     elif _fits(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         request = _request(
-            query, key, value, attn_mask, scale,
+            query, key, value, attn_mask, scale, TwinAttentionRequest,
             dropout=float(dropout_p), right=0 if is_causal else -1,
         )  # fmt: skip
         result = run_attention(request)
@@ -268,6 +268,7 @@ def _request(
     value: Tensor,
     mask: Tensor | None,
     scale: float | None,
+    kind: type[AttentionRequest] = AttentionRequest,
     **options: Any,
 ) -> AttentionRequest:
     lower = autocast_dtype(query.device)
@@ -284,7 +285,7 @@ def _request(
         else:
             bias = mask if lower is None else _autocast(mask, lower)
     usual = 1 / math.sqrt(max(query.size(-1), 1))
-    return AttentionRequest(
+    return kind(
         query, key, value, bias, allowed, scale=usual if scale is None else float(scale), **options
     )
 
