@@ -114,7 +114,7 @@ sanitize: build
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		FASTOPT_EXPECTED_PATH=build/sanitize/lib \
+		FASTOPT_SANITIZE=1 FASTOPT_EXPECTED_PATH=build/sanitize/lib \
 		sh -c 'cd build/sanitize/lib && $(abspath $(BIN))/python -m pytest -x $(abspath $(KERNEL_TESTS))'
 
 $(RELEASE)/.installed: requirements-release.txt

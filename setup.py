@@ -34,7 +34,7 @@ COMPILE_FLAGS = [
 LINK_FLAGS = ["-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections"]
 SANITIZE_FLAGS = [
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"),
-    *("-O1", "-fexpensive-optimizations"),  # the latter fuses products and sums, as -O3 does
+    *("-O1", "-fexpensive-optimizations"),  # the latter fuses most products and sums, as -O3 does
 ]
 
 # From the plainest to the widest; csrc/cpu/dispatch.cpp picks at import.

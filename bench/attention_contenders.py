@@ -88,7 +88,7 @@ def gpu_attention_contenders(case: AttentionCase) -> dict[str, Contender]:
     """Ours, each of stock's kernels and FlexAttention; those that refuse the case drop out."""
     functions: dict[str, Callable[..., Tensor]] = {
         OURS: fastopt.nn.functional.scaled_dot_product_attention,
-        DEFAULT: stock,
+        "torch default": stock,
         **{name: _stock_kernel(kernel) for name, kernel in STOCK_KERNELS.items()},
     }
     if case.compiled and case.extra != "dropout":
@@ -105,8 +105,6 @@ STOCK_KERNELS = {
     "EFFICIENT": SDPBackend.EFFICIENT_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
-DEFAULT = "torch default"
-GPU_PEERS = (DEFAULT, *STOCK_KERNELS, "FlexAttention", "flash-attn")
 
 
 def _stock_kernel(kernel: SDPBackend) -> Callable[..., Tensor]:

@@ -182,11 +182,13 @@ def run_all(folder: Path, simulate: bool, only: str = "", seconds: float = TOTAL
     for stage in rest if simulate else stages(simulate, figures)[1:]:
         if re.search(only, stage.name):
             verdicts[stage.name] = run_stage(stage, deadline - time.monotonic(), log)
-    result: dict[str, Any] = {"simulated": simulate, "stages": verdicts, "cases": {}}
+    result: dict[str, Any] = {"simulated": simulate, "stages": verdicts}
+    result |= {"cases": {}, "failures": {}}
     for part in sorted(figures.glob("*.json")):
         there = json.loads(part.read_text())
         result["machine"] = there["machine"]
         result["cases"] |= there["cases"]
+        result["failures"] |= there["failures"]
     shutil.rmtree(figures, ignore_errors=True)
     name = re.sub(r"[^a-z0-9]+", "-", result.get("machine", {}).get("card", "unknown").lower())
     path = folder / f"gpu-{name.strip('-')}.json"
@@ -252,12 +254,13 @@ def measure_part(simulate: bool, folder: Path, number: int, compiling: int) -> i
     card = "the host simulator" if simulate else torch.cuda.get_device_name()
     capability = 0 if simulate else launch.capability(torch.device("cuda"))
     cases: dict[str, Any] = {}
+    failures: dict[str, dict[str, str]] = {}
     result = {
         "machine": {**machine(), **provenance(), "card": card, "capability": capability},
         "cases": cases,
+        "failures": failures,
     }
     operator, mine = _parts()[number]
-    failed = 0
     with simulated_card() if simulate else contextlib.nullcontext():
         alone = _alone(folder / LOCK, compiling)
         for name, measured in measure_operator(
@@ -266,13 +269,13 @@ def measure_part(simulate: bool, folder: Path, number: int, compiling: int) -> i
             timings = measured.timings.items()
             cases[name] = {who: dataclasses.asdict(timing) for who, timing in timings}
             print(name, {who: f"{timing.median * 1e3:.3f} ms" for who, timing in timings})
-            for who, failure in measured.failures.items():
-                print(f"{name}: {who}: {failure}", flush=True)
-            failed += bool(measured.failures)
+            if measured.failures:
+                failures[name] = measured.failures
+                print(name, measured.failures)
             beside = folder / f"{number}.part"  # time may run out in the middle
             beside.write_text(json.dumps(result))
             beside.replace(folder / f"{number}.json")
-    return failed
+    return len(failures)
 
 
 @contextlib.contextmanager
@@ -288,8 +291,9 @@ def gpu_table(result: dict[str, Any] | None) -> str:
     """Markdown tables; "not yet measured" where no card has produced a figure."""
     from bench.gpu_operators import OPERATORS, table
 
+    result = result or {"cases": {}}
     lines = []
-    if result is not None and "machine" in result:
+    if "machine" in result:
         machine = result["machine"]
         simulated = (
             " These are times of a simulator and say nothing." if result["simulated"] else ""
@@ -301,8 +305,8 @@ def gpu_table(result: dict[str, Any] | None) -> str:
             "",
         ]
     for operator in OPERATORS:
-        lines += [*table(operator, {} if result is None else result["cases"]), ""]
-    if result is not None and result.get("stages"):
+        lines += [*table(operator, result["cases"], result.get("failures", {})), ""]
+    if result.get("stages"):
         lines += ["| stage | verdict | seconds |", "|---|---|---|"]
         for name, stage in result["stages"].items():
             lines.append(f"| {name} | {stage['verdict']} | {stage['seconds']:.0f} |")

@@ -18,7 +18,7 @@ from bench import (
 )
 from bench.attention_cases import GPU_ATTENTION_CASES
 from bench.cases import Case
-from bench.linear_cross_entropy_cases import GPU_LINEAR_CROSS_ENTROPY_CASES
+from bench.linear_cross_entropy_cases import GPU_LINEAR_CROSS_ENTROPY_CASES, LIGER
 from bench.lstm_cases import GPU_LSTM_CASES
 from bench.optimizer_cases import GPU_CASES, HUNDRED_MILLION, OptimizerCase
 from bench.timing import OURS, Contender, Timing, interleaved
@@ -41,12 +41,10 @@ class GpuOperator:
         contenders: What is timed, ours under the name ``OURS``.
         check_parity: Raises before a case is timed that gives wrong numbers.
         clipped: The case for the simulator, which is the CPU.
-        peers: The columns after ours: a contender's median over ours.
         limit: The head of the column that says how near the machine's limit we are.
         of_limit: That figure, from a case and its timings.
-        stock: Which of them are torch's own, what it runs by default before its kernels by name.
-        may_be_stock: Whether ``auto`` may leave the operator to stock where that is faster: not
-            where memory is what ours is for.
+        stock: Torch's own forms; what it runs by default comes before its kernels by name.
+        others: Who else has a column.
     """
 
     name: str
@@ -54,11 +52,15 @@ class GpuOperator:
     contenders: Callable[[Any], dict[str, Contender]]
     check_parity: Callable[[Any], None]
     clipped: Callable[[Any], Any]
-    peers: tuple[str, ...]
     limit: str
     of_limit: Callable[[Any, Figures], str]
     stock: tuple[str, ...]
-    may_be_stock: bool = True
+    others: tuple[str, ...] = ()
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The columns after ours: a contender's median over ours."""
+        return (TRITON, *self.stock, *self.others)
 
 
 def _optimizer_contenders(case: Any) -> dict[str, Contender]:
@@ -89,7 +91,6 @@ OPERATORS = (
         _optimizer_contenders,
         optimizer_contenders.check_parity,
         _clipped_optimizer,
-        ("torch default", "torch foreach", "torch fused"),
         "of copy_'s bandwidth",
         _of_copy,
         ("torch default", "torch foreach", "torch fused"),
@@ -100,7 +101,6 @@ OPERATORS = (
         lstm_contenders.lstm_contenders,
         lstm_contenders.check_parity,
         lstm_contenders.clipped,
-        ("torch default",),
         "TFLOP/s",
         _teraflops,
         ("torch default",),
@@ -111,10 +111,10 @@ OPERATORS = (
         attention_contenders.gpu_attention_contenders,
         attention_contenders.check_parity,
         attention_contenders.clipped,
-        attention_contenders.GPU_PEERS,
         "TFLOP/s",
         _teraflops,
-        (attention_contenders.DEFAULT, *attention_contenders.STOCK_KERNELS),
+        ("torch default", *attention_contenders.STOCK_KERNELS),
+        ("FlexAttention", "flash-attn"),
     ),
     GpuOperator(
         "linear_cross_entropy",
@@ -122,11 +122,10 @@ OPERATORS = (
         linear_cross_entropy_contenders.linear_cross_entropy_contenders,
         linear_cross_entropy_contenders.check_parity,
         linear_cross_entropy_contenders.clipped,
-        linear_cross_entropy_contenders.GPU_PEERS,
         "TFLOP/s",
         _teraflops,
         linear_cross_entropy_contenders.STOCK,
-        may_be_stock=False,
+        (LIGER,),
     ),
 )
 ALL_CASES: tuple[Case, ...] = tuple(case for operator in OPERATORS for case in operator.cases)
@@ -262,27 +261,31 @@ def best_of_stock(operator: GpuOperator, cases: Mapping[str, Figures]) -> dict[s
     return found
 
 
-def table(operator: GpuOperator, cases: Mapping[str, Figures]) -> list[str]:
+def table(
+    operator: GpuOperator,
+    cases: Mapping[str, Figures],
+    failures: Mapping[str, Mapping[str, str]],
+) -> list[str]:
     """Lines of Markdown; "not yet measured" where no card has produced a figure."""
-    peers = (TRITON, *operator.peers)
+    peers = operator.peers
     lines = [
         f"| case | fastopt, ms | {' | '.join(peers)} | {operator.limit} | bars |",
         "|" + "---|" * (len(peers) + 4),
     ]
     for case in operator.cases:
+        timings, failed = cases.get(case.name, {}), failures.get(case.name, {})
+        cells = ["failed" if name in failed else "" for name in (OURS, *peers)]
+        limit = ""
         if case.name not in cases:
-            empty = " | ".join([""] * (len(peers) + 1))
-            lines.append(f"| {case.name} | not yet measured | {empty} | {bars_of(case)} |")
-            continue
-        timings = cases[case.name]
-        if OURS not in timings:
-            empty = " | ".join([""] * (len(peers) + 1))
-            lines.append(f"| {case.name} | failed | {empty} | {bars_of(case)} |")
-            continue
-        ours = timings[OURS]["median"]
-        ratios = [f"{timings[n]['median'] / ours:.2f}" if n in timings else "" for n in peers]
-        cells = [f"{ours * 1e3:.3g}", *ratios, operator.of_limit(case, timings), bars_of(case)]
-        lines.append(f"| {case.name} | {' | '.join(cells)} |")
+            cells[0] = "not yet measured"
+        elif OURS in timings:
+            ours = timings[OURS]["median"]
+            cells[0] = f"{ours * 1e3:.3g}"
+            for place, name in enumerate(peers, 1):
+                if name in timings:
+                    cells[place] = f"{timings[name]['median'] / ours:.2f}"
+            limit = operator.of_limit(case, timings)
+        lines.append(f"| {case.name} | {' | '.join([*cells, limit, bars_of(case)])} |")
     return lines
 
 

@@ -20,7 +20,6 @@ from bench.timing import OURS, Contender
 # "The best of stock" is sought among these.
 STOCK = (PLAIN, CHUNKED)
 PEERS = ("torch compiled",)
-GPU_PEERS = (*STOCK, LIGER)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,20 @@ from typing import Any
 from bench.gpu_operators import OPERATORS, TRITON, GpuOperator
 from bench.results import ROOT
 from bench.timing import OURS
+from fastopt.backends.contract import (
+    LinearCrossEntropyRequest,
+    LstmRequest,
+    ParameterRequest,
+    TwinAttentionRequest,
+)
 
 PATH = ROOT / "fastopt" / "backends" / "measured_table.py"
 
 Key = tuple[str, str, int]
 
+# The operators that have requests which ``auto`` may leave to stock.
+REQUESTS = (ParameterRequest, LstmRequest, TwinAttentionRequest, LinearCrossEntropyRequest)
+MAY_BE_STOCK = {request.operator for request in REQUESTS if request.may_be_stock}
 
 # Of the time of ``cuda``: two runs differ by less.
 CLEARLY_FASTER = 0.95
@@ -46,7 +55,8 @@ def fastest(cards: Iterable[Mapping[str, Any]]) -> dict[Key, str]:
 
 def _ratios(operator: GpuOperator, timings: Mapping[str, Any]) -> dict[str, float]:
     """Of the other backends' times to that of ``cuda``; nothing where one was not timed."""
-    columns = {"triton": (TRITON,), "torch": operator.stock if operator.may_be_stock else ()}
+    stock = operator.stock if operator.name in MAY_BE_STOCK else ()
+    columns = {"triton": (TRITON,), "torch": stock}
     found = {}
     for backend, names in columns.items():
         taken = next((name for name in names if name in timings), None)

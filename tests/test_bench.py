@@ -243,6 +243,34 @@ def test_the_headline_counts_wins_and_shows_losses(
     assert "| Optimizers | 2 | 1 | 5.25x | 0.50x | 10.00x | a proc" in report.headline_table()
 
 
+def test_the_headline_counts_cards_that_have_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (operator,) = [each for each in gpu_operators.OPERATORS if each.name == "attention"]
+    timings = {OURS: timing(2.0), "FLASH": timing(1.0), "cuDNN": timing(3.0)}
+    card = {"simulated": False, "cases": {operator.cases[0].name: timings}}
+    (tmp_path / "gpu-unknown.json").write_text(json.dumps(card))
+    machine = {"card": "A card", "torch": "2.11.0", "capability": 90}
+    simulator = {**card, "machine": machine | {"card": "a simulator"}, "simulated": True}
+    (tmp_path / "gpu-simulator.json").write_text(json.dumps(simulator))
+    (tmp_path / "gpu-card.json").write_text(json.dumps({**card, "machine": machine}))
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    *_, line = report.headline_table().splitlines()
+    assert line == "| Attention | 1 | 0 | 0.50x | 0.50x | 0.50x | A card, torch 2.11.0 |"
+    assert len(report.headline_table().splitlines()) == 3
+
+
+def test_the_table_of_a_card_says_who_failed() -> None:
+    operator = gpu_operators.OPERATORS[-1]
+    first, second, *_ = (case.name for case in operator.cases)
+    cases = {first: {OURS: timing(2.0), "torch default": timing(3.0)}, second: {}}
+    failures = {first: {gpu_operators.TRITON: "why"}, second: {OURS: "why"}}
+    lines = gpu_operators.table(operator, cases, failures)
+    assert lines[2].startswith(f"| {first} | 2e+03 | failed | 1.50 |  |  | ")
+    assert lines[3].startswith(f"| {second} | failed |  |  |  |  |  | ")
+    assert "not yet measured" in lines[4]
+
+
 def test_tables_of_training_say_how_far_a_way_is_from_fp32() -> None:
     state = {"fastopt": "1", "commit": "abc", "date": "2026-01-01"}
     runs = [dict.fromkeys(training.WAYS, 2.0) for _ in range(3)]

@@ -7,11 +7,14 @@ import gc
 import pickle
 import warnings
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fastopt
 from cases import DTYPES, WITH_STOCK, OptimizerCase, clones, parameters, train
@@ -327,3 +330,34 @@ def test_a_compiled_step_is_compiled_anew() -> None:
     for param, other in zip(params, twins, strict=True):
         assert_matches(param.detach(), other.detach(), op="optimizer", dtype=torch.float32)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {"state_storage": "8bit", "min_8bit_size": 0}),
+     (torch.bfloat16, {"state_storage": "bf16", "param_precision": "master"})],
+    ids=["8bit", "master"],
+)  # fmt: skip
+def test_coded_state_of_a_spread_parameter_becomes_torchs(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """One process is enough: a ``DTensor`` has none of the views that decoding takes of a part."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        values, gradient = torch.randn(2, 40, 50).to(dtype)
+        found = []
+        for spread in (torch.Tensor.clone, partial(distribute_tensor, device_mesh=mesh)):
+            param = torch.nn.Parameter(spread(values))
+            optimizer = optim.AdamW([param], **options)
+            param.grad = spread(gradient)
+            optimizer.step()
+            stock = optim.to_torch(optimizer)
+            param.grad = spread(gradient)
+            stock.step()
+            found.append([param.detach(), *stock.state[param].values()])
+        for plain, there in zip(*found, strict=True):
+            whole = there.full_tensor() if isinstance(there, DTensor) else there
+            assert torch.equal(plain, whole)
+    finally:
+        distributed.destroy_process_group()

@@ -23,9 +23,9 @@ def fastest_measured(request: Request) -> str | None:
     return None if found == "torch" and not request.may_be_stock else found
 
 
-def _asked(device: torch.device) -> int:
-    """A function of its own: Dynamo looks through a cache's decorator."""
+def _plain_capability(device: torch.device) -> int:
+    """Dynamo would look through the decorator of a cache."""
     return compute_capability(device)
 
 
-_capability = torch.compiler.assume_constant_result(_asked)
+_capability = torch.compiler.assume_constant_result(_plain_capability)

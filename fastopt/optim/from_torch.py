@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from fastopt.backends.planning import counter_device
-from fastopt.backends.state_codes import bring_to
+from fastopt.backends.spread_state import bring_to
 from fastopt.optim.adagrad import Adagrad
 from fastopt.optim.adam import Adam
 from fastopt.optim.adamax import Adamax

@@ -62,10 +62,9 @@ def provenance() -> dict[str, str]:
     }
 
 
-def keep(rows: dict[str, str]) -> None:
+def keep(rows: dict[str, str], origin: dict[str, str]) -> None:
     """Adds rows to the results, in the place of older ones of their names, and renders them."""
     kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    origin = provenance()
     kept |= {name: {"figures": figures, **origin} for name, figures in rows.items()}
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
     lines = [f"| {name} | {' | '.join(row.values())} |" for name, row in kept.items()]
@@ -178,7 +177,7 @@ def main() -> int:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     failed = []
     for name in options.parts or PARTS:
-        start = time.monotonic()
+        start, origin = time.monotonic(), provenance()  # a commit may be made while it runs
         try:
             rows = PARTS[name](options.quick)
         except FailedError:
@@ -187,7 +186,7 @@ def main() -> int:
         for words, figures in rows.items():
             print(f"{words}: {figures} ({time.monotonic() - start:.0f} s)", flush=True)
         if rows and not options.quick:
-            keep(rows)
+            keep(rows, origin)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
